@@ -1,0 +1,74 @@
+"""Events as columns: the one form in which kernels, the network and the learner see events.
+
+Shape legend, used in names everywhere in `models/`:
+    B  events of a batch, in offset order within a partition     U  distinct users of the batch
+    E  events a forecast is made for (a subset of B)             N  steps of a forecast
+    R  length of the ring        P  length of the slow profile   H  width of the hidden state
+    V  interests in the vocabulary                               K  interests named per step
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+# Event types: a closed set of codes for what shops, banks and schools commonly send; any other word is hashed into
+# the codes 16..31, so that an unknown type is an event like any other.
+TYPE_CODES: dict[str, int] = {"": 0, "browse": 1, "cart": 2, "purchase": 3, "review": 4, "favourite": 5, "search": 6,
+                              "login": 7, "payment": 8, "answer": 9, "remove": 10}  # fmt: skip
+TYPE_ALIASES: dict[str, str] = {
+    "view": "browse", "pv": "browse", "click": "browse", "page_view": "browse", "add_to_cart": "cart", "buy": "purchase",
+    "order": "purchase", "transaction": "purchase", "fav": "favourite", "like": "favourite", "wishlist": "favourite",
+    "rating": "review", "comment": "review", "remove_from_cart": "remove", "transfer": "payment",
+}  # fmt: skip
+TYPE_COUNT = 32
+
+
+def type_code(name: str) -> int:
+    """Code 0..31 of an event type name; stable over runs and machines."""
+    name = name.strip().lower()
+    name = TYPE_ALIASES.get(name, name)
+    code = TYPE_CODES.get(name)
+    if code is None:
+        code = 16 + hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % 16
+    return code
+
+
+def interest_key(name: str) -> int:
+    """Stable 32-bit key of an interest or item name, never 0 (0 means missing). Collisions are the vocabulary's to detect."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") or 1
+
+
+@dataclass(kw_only=True, slots=True)
+class EventColumns:
+    """Valid events of ONE batch as parallel arrays of length B. Missing numbers are NaN, missing keys are 0."""
+
+    user_row: I64  # row of the user's record in the batch's own record array
+    interest: U32
+    item: U32
+    type: U8
+    time_ms: I64
+    price: F32
+    dwell_s: F32
+    rating: F32
+    sentiment: F32  # -1..1, from the text or given
+    segment: U8  # 0 = none
+    vector: F32 | None = None  # (B, D) content vectors, NaN rows where missing
+
+    def __len__(self) -> int:
+        return len(self.interest)
+
+    def take(self, index: npt.NDArray[np.intp] | slice) -> EventColumns:
+        """The same columns for a subset (or a new order) of the events."""
+        return EventColumns(
+            **{f.name: (None if (c := getattr(self, f.name)) is None else c[index]) for f in fields(self)}
+        )

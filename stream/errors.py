@@ -1,0 +1,38 @@
+"""Errors, named by what the worker does about them.
+
+| class | the worker |
+|---|---|
+| BadEvent | writes the record to the dead letters with the reason and goes on |
+| Retryable | drops the attempt, backs off within bounds and tries again |
+| Fenced | stops clean: another process owns this slot or partition now |
+| Corrupt | stops and writes nothing: what is stored cannot be trusted |
+| ConfigError | exits with 2 before anything starts; the message names the key and what to do |
+"""
+
+
+class DriftlineError(Exception):
+    """Any error that this project raises on purpose."""
+
+
+class BadEvent(DriftlineError):
+    """One record cannot be used. `reason` is a short stable code for counters, the message says what was wrong."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Retryable(DriftlineError):
+    """The attempt failed, its outcome may be unknown; a fresh attempt may work."""
+
+
+class Fenced(DriftlineError):
+    """Another process has taken over; whatever this one has not committed is void."""
+
+
+class Corrupt(DriftlineError):
+    """Stored bytes fail their checksum, their format or their invariants."""
+
+
+class ConfigError(DriftlineError):
+    """The configuration, the topics or the arguments cannot work; says which key and what to do about it."""
