@@ -4,6 +4,7 @@
 |---|---|
 | BadEvent | writes the record to the dead letters with the reason and goes on |
 | Retryable | drops the attempt, backs off within bounds and tries again |
+| Rebalanced | drops the attempt, keeps its producer after an abort and polls for its new share |
 | Fenced | stops clean: another process owns this slot or partition now |
 | Corrupt | stops and writes nothing: what is stored cannot be trusted |
 | ConfigError | exits with 2 before anything starts; the message names the key and what to do |
@@ -26,8 +27,12 @@ class Retryable(DriftlineError):
     """The attempt failed, its outcome may be unknown; a fresh attempt may work."""
 
 
+class Rebalanced(Retryable):
+    """The consumer group moved on since the batch was polled: the attempt is void, the member itself may live on."""
+
+
 class Fenced(DriftlineError):
-    """Another process has taken over; whatever this one has not committed is void."""
+    """Another process has taken over this slot; whatever this one has not committed is void."""
 
 
 class Corrupt(DriftlineError):

@@ -10,7 +10,8 @@ consumed offsets visible together, or not at all. Readers see committed records 
               └─ reader()     committed records of given partitions from given offsets; no group
 
 Objects are created in the process and the thread that uses them and are not thread-safe. All times are seconds.
-Errors are those of errors.py: Retryable (the attempt is void or its outcome unknown), Fenced, Corrupt, ConfigError.
+Errors are those of errors.py: Retryable (the attempt is void or its outcome unknown), Rebalanced (the group moved on),
+Fenced (a newer producer has the id: any call of an older one raises it), Corrupt, ConfigError.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ class Producer(Protocol):
         """Tie the consumer's progress to this transaction. `group` is `Polled.group` of the batch.
 
         Raises:
-            Fenced: the membership is no longer that of the group (a rebalance happened since the poll).
+            Rebalanced: the membership is no longer that of the group (a rebalance happened since the poll).
+            Fenced: a newer producer has this transactional id.
             ValueError: `positions` is empty; an empty set would not fence.
         """
 
