@@ -1,0 +1,197 @@
+"""What comes out: the records of the output topics, as types. Their JSON Schemas in docs/ are generated from here.
+
+Every record names its schema version, the input record it stems from (`source`), the event time and the version of the
+weights. `id` is deterministic, so that a reader that is not read-committed can drop a record it has seen before.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+
+import msgspec
+
+SCHEMA_VERSION = 1
+DEAD_LETTER_BYTES_MAX = 64_000
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """The input record that caused an output."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+class Candidate(msgspec.Struct, frozen=True, array_like=False):
+    """An interest with its probability, 0..1."""
+
+    interest: str
+    probability: float
+
+
+class ForecastStep(msgspec.Struct, frozen=True):
+    """The most likely interests of the user's step-th next event, best first."""
+
+    step: int
+    interests: list[Candidate]
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """Topic `forecasts`, keyed by user: the next n interests as seen right after the source event.
+
+    Attributes:
+        reasons: why it was emitted now: every, top-changed, alert, stale.
+        next_types: probability of the next event's type (browse, cart, purchase, review, ...), the likely ones.
+    """
+
+    schema: int = SCHEMA_VERSION
+    id: str
+    user: str
+    source: Source
+    time_ms: int
+    weights_version: int
+    reasons: list[str]
+    steps: list[ForecastStep]
+    next_types: dict[str, float] = {}
+
+
+class Contribution(msgspec.Struct, frozen=True):
+    """What one interest adds to the severity; all contributions of an alert add up to it."""
+
+    interest: str
+    contribution: float
+
+
+class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
+    """Topic `alerts`, keyed by user: this user's interests have shifted, since when, and why we say so.
+
+    Attributes:
+        scope: user, segment or all.
+        shares: how much of the evidence is the user's own, the segment's and everybody's; adds up to 1.
+        detected_at_ms, onset_ms: event times of the alarm and of the estimated start of the shift.
+        onset_events: the user's events since the onset, the source event included.
+        severity: Jensen-Shannon divergence of the profiles before and after, 0..1 (base 2).
+        confidence: log10 of the expected events between such alarms of a user whose interests do not shift.
+        kind: abrupt, gradual or returning.
+        gained, lost: interests with their contributions to the severity.
+        evidence: the up to five events since the onset that speak loudest.
+        before, after: top interests with their shares, before the onset and since.
+        threshold: evidence that an alarm took when this one fired; `evidence_sum` is what there was.
+        false_alarm_events: requested events between false alarms (ARL0); `measured_false_alarm_events` what
+            calibration measures, None while nothing is measured.
+        dedup_key: the same for repeated alerts on one shift.
+        suppressed_count: alerts that this one stands for.
+    """
+
+    schema: int = SCHEMA_VERSION
+    id: str
+    user: str
+    source: Source
+    scope: str = "user"
+    shares: dict[str, float] = {"user": 1.0}
+    detected_at_ms: int
+    onset_ms: int
+    onset_events: int
+    severity: float
+    confidence: float
+    kind: str
+    gained: list[Contribution]
+    lost: list[Contribution]
+    evidence: list[dict[str, object]] = []
+    before: list[Candidate]
+    after: list[Candidate]
+    forecast: list[Candidate] = []
+    threshold: float
+    evidence_sum: float
+    false_alarm_events: float | None = None
+    measured_false_alarm_events: float | None = None
+    weights_version: int
+    sentence: str
+    dedup_key: str
+    suppressed_count: int = 0
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """Topic `dead-letters`: a record that cannot be used, why, and its original bytes (base64).
+
+    Records over 64 kB are kept as their head; `bytes` and `sha256` are always those of the whole value.
+    """
+
+    schema: int = SCHEMA_VERSION
+    id: str
+    reason: str
+    message: str
+    source: Source
+    timestamp_ms: int
+    key_base64: str | None
+    value_base64: str | None
+    bytes: int
+    sha256: str | None
+    truncated: bool = False
+
+
+class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Topic `metrics`: what one transaction did in one partition. Everything is a sum: add records up for any span.
+
+    Attributes:
+        first_offset, next_offset: the input records covered, of the first input topic with records in this batch.
+        time_ms: newest event time in the batch.
+        records, events, dead_letters, late, forecasts, alerts, new_users: counts.
+        scored: events whose forecast, made before them, was scored (events of the users in the quality share that
+            have a history).
+        reciprocal_ranks, hits_10: sums over the scored events, of our forecast for the next step.
+        recency_reciprocal_ranks, recency_hits_10: the same of the recency rule on the same events.
+        scored_moves, ..._moves: the same over those scored events that do not repeat the user's last interest.
+    """
+
+    schema: int = SCHEMA_VERSION
+    partition: int
+    first_offset: int
+    next_offset: int
+    time_ms: int
+    weights_version: int
+    records: int
+    events: int
+    dead_letters: int = 0
+    late: int = 0
+    forecasts: int = 0
+    alerts: int = 0
+    new_users: int = 0
+    scored: int = 0
+    reciprocal_ranks: float = 0.0
+    hits_10: int = 0
+    recency_reciprocal_ranks: float = 0.0
+    recency_hits_10: int = 0
+    scored_moves: int = 0
+    reciprocal_ranks_moves: float = 0.0
+    hits_10_moves: int = 0
+    recency_reciprocal_ranks_moves: float = 0.0
+    recency_hits_10_moves: int = 0
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """One output record as JSON."""
+    return _encoder.encode(record)
+
+
+def dead_letter(
+    *, reason: str, message: str, source: Source, timestamp_ms: int, key: bytes | None, value: bytes | None
+) -> DeadLetter:
+    """A dead letter for an input record; a large value is cut to its head, or the letter itself could not be written."""
+    head = None if value is None else value[:DEAD_LETTER_BYTES_MAX]
+    return DeadLetter(
+        id=f"{source.topic}/{source.partition}/{source.offset}",
+        reason=reason,
+        message=message[:1_000],
+        source=source,
+        timestamp_ms=timestamp_ms,
+        key_base64=None if key is None else base64.b64encode(key[:1_024]).decode(),
+        value_base64=None if head is None else base64.b64encode(head).decode(),
+        bytes=0 if value is None else len(value),
+        sha256=None if value is None else hashlib.sha256(value).hexdigest(),
+        truncated=value is not None and len(value) > DEAD_LETTER_BYTES_MAX,
+    )
