@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,7 @@ class EventColumns:
 
     def take(self, index: npt.NDArray[np.intp] | slice) -> EventColumns:
         """The same columns for a subset (or a new order) of the events."""
-        return EventColumns(
-            **{f.name: (None if (c := getattr(self, f.name)) is None else c[index]) for f in fields(self)}
-        )
+        taken: dict[str, Any] = {
+            f.name: None if (c := getattr(self, f.name)) is None else c[index] for f in fields(self)
+        }
+        return EventColumns(**taken)

@@ -89,7 +89,7 @@ class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
     user: str
     source: Source
     scope: str = "user"
-    shares: dict[str, float] = {"user": 1.0}
+    shares: dict[str, float]
     detected_at_ms: int
     onset_ms: int
     onset_events: int
