@@ -11,12 +11,13 @@ consumed offsets visible together, or not at all. Readers see committed records 
 
 Objects are created in the process and the thread that uses them and are not thread-safe. All times are seconds.
 Errors are those of errors.py: Retryable (the attempt is void or its outcome unknown), Rebalanced (the group moved on),
-Fenced (a newer producer has the id: any call of an older one raises it), Corrupt, ConfigError.
+Fenced (a newer producer has the id: an older one hears it at the next call that reaches the log, at its commit at the
+latest), Corrupt, ConfigError (a missing topic or partition, no right to it, a position that is gone and no reset rule).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -40,6 +41,7 @@ class Record(Protocol):
     @property
     def timestamp(self) -> int:
         """Milliseconds since 1970."""
+
     @property
     def key(self) -> bytes | None: ...
     @property
@@ -86,7 +88,9 @@ class GroupConsumer(Protocol):
     """A member of a consumer group. Reads committed records only, never commits by itself.
 
     A newly assigned partition is paused and has no position: the owner restores what belongs to it, asks `committed`,
-    calls `seek` and then `resume`. A partition may be assigned, revoked and assigned again.
+    calls `seek` and then `resume`; a resume without a seek goes on from the committed position or the reset rule. A
+    partition may be assigned, revoked and assigned again. `pause`, `resume` and `seek` of a partition that the last poll
+    did not leave with this member raise ValueError.
     """
 
     def poll(self, timeout_s: float, max_records: int) -> Polled:
@@ -98,7 +102,11 @@ class GroupConsumer(Protocol):
         """The next poll of this partition starts at `offset`. Records already buffered are dropped."""
 
     def committed(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Position | None]:
-        """The stable committed positions of the group: never one that an open transaction may still change."""
+        """The stable committed positions of the group: never one that an open transaction may still change.
+
+        Raises:
+            Retryable: such a transaction is open and did not end in time; its timeout is the bound.
+        """
 
     def lag(self) -> dict[TopicPartition, int]:
         """Records between our position and the end, by owned partition with a position; an estimate."""
@@ -130,7 +138,9 @@ class Producer(Protocol):
             ValueError: `positions` is empty; an empty set would not fence.
         """
 
-    def commit(self) -> None: ...
+    def commit(self) -> None:
+        """Make all of it visible. Flushes first. May raise what `send_offsets` raises: a log may check again here."""
+
     def abort(self) -> None: ...
     def close(self) -> None: ...
 
@@ -140,7 +150,7 @@ class LogReader(Protocol):
 
     def read(
         self, partition: TopicPartition, offset: int, timeout_s: float, max_records: int = 1_000
-    ) -> list[Record]:
+    ) -> Sequence[Record]:
         """Committed records with offset >= `offset` in order; fewer or none after `timeout_s`.
 
         An offset below the head (deleted meanwhile) reads from the head: the caller sees the gap by the offsets.
@@ -187,7 +197,7 @@ class Transport(Protocol):
 
     def producer(self, *, transactional_id: str) -> Producer: ...
     def reader(self) -> LogReader: ...
-    def append(self, topic: str, partition: int, records: Iterator[tuple[bytes | None, bytes | None, int]]) -> int:
+    def append(self, topic: str, partition: int, records: Iterable[tuple[bytes | None, bytes | None, int]]) -> int:
         """Append (key, value, timestamp_ms) in bulk outside any transaction, acknowledged on return; returns the count."""
 
     def close(self) -> None: ...
