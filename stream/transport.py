@@ -89,8 +89,8 @@ class GroupConsumer(Protocol):
 
     A newly assigned partition is paused and has no position: the owner restores what belongs to it, asks `committed`,
     calls `seek` and then `resume`; a resume without a seek goes on from the committed position or the reset rule. A
-    partition may be assigned, revoked and assigned again. `pause`, `resume` and `seek` of a partition that the last poll
-    did not leave with this member raise ValueError.
+    partition may be assigned, revoked and assigned again. `pause`, `resume` and `seek` of a partition that the last
+    poll did not leave with this member raise ValueError.
     """
 
     def poll(self, timeout_s: float, max_records: int) -> Polled:
@@ -116,7 +116,7 @@ class GroupConsumer(Protocol):
 
 
 class Producer(Protocol):
-    """Transactions under one id. Creating a producer fences every older one of the same id and aborts what it left open.
+    """Transactions under one id. Creating one fences every older producer of the id and aborts what that left open.
 
     begin -> send* -> flush -> send_offsets -> commit, or abort at any point after begin. After any exception between
     begin and commit the outcome may be unknown: throw the producer away, create a new one, look at `committed`.
@@ -157,7 +157,7 @@ class LogReader(Protocol):
         """
 
     def bounds(self, partition: TopicPartition) -> tuple[int, int]:
-        """(first offset still there, offset after the last record). On Kafka the end may lie behind an open transaction."""
+        """(first offset still there, offset up to which records can be read now: the first open transaction ends it)."""
 
     def close(self) -> None: ...
 
@@ -193,11 +193,11 @@ class Transport(Protocol):
 
     def admin(self) -> Admin: ...
     def consumer(self, *, group: str, topics: Sequence[str], reset: str = "earliest") -> GroupConsumer:
-        """Join `group`. `reset` (earliest | latest | none) applies where there is no committed position, or it was deleted."""
+        """Join `group`. `reset` (earliest | latest | none) applies where no position is committed, or it was deleted."""
 
     def producer(self, *, transactional_id: str) -> Producer: ...
     def reader(self) -> LogReader: ...
     def append(self, topic: str, partition: int, records: Iterable[tuple[bytes | None, bytes | None, int]]) -> int:
-        """Append (key, value, timestamp_ms) in bulk outside any transaction, acknowledged on return; returns the count."""
+        """Append (key, value, timestamp_ms) in bulk outside any transaction; acknowledged on return; gives the count."""
 
     def close(self) -> None: ...
