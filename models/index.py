@@ -15,13 +15,13 @@ import numpy.typing as npt
 _LOAD_MAX = 0.6
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(cache=True, nogil=True)
 def _slot(key: Any, mask: Any) -> Any:
     """Home slot: keys are hashes already, but their low bits may have been used to choose a partition."""
     return ((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)) & mask
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(cache=True, nogil=True)
 def _find(keys: Any, rows: Any, wanted: Any, found: Any) -> None:
     mask = np.uint64(len(keys) - 1)
     for i in range(len(wanted)):
@@ -32,7 +32,7 @@ def _find(keys: Any, rows: Any, wanted: Any, found: Any) -> None:
         found[i] = rows[slot] if keys[slot] == key else -1
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(cache=True, nogil=True)
 def _insert(keys: Any, rows: Any, new: Any, new_rows: Any) -> None:
     mask = np.uint64(len(keys) - 1)
     for i in range(len(new)):
@@ -44,7 +44,7 @@ def _insert(keys: Any, rows: Any, new: Any, new_rows: Any) -> None:
         rows[slot] = new_rows[i]
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(cache=True, nogil=True)
 def _remove(keys: Any, rows: Any, gone: Any) -> None:
     mask = np.uint64(len(keys) - 1)
     one = np.uint64(1)

@@ -1,8 +1,8 @@
 """The arena: one fixed-size record a user, in memory, for one partition.
 
 A batch never works on the arena itself. `take` copies the records of the batch's users, the pipeline changes the
-copies, and `merge` writes them back after the commit: nothing uncommitted ever reaches the arena. The dtype is the engine's own
-(models/profile.py for the real one); it must have the fields `key` (u8) and `block` (u4).
+copies, and `merge` writes them back after the commit: nothing uncommitted ever reaches the arena. The dtype is the
+engine's own (models/profile.py for the real one); it must have the fields `key` (u8) and `block` (u4).
 """
 
 from __future__ import annotations

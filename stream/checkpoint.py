@@ -1,0 +1,158 @@
+"""The atomic commit of a batch, in numbered steps: die between any two of them and nothing is lost or doubled.
+
+    1  begin the transaction
+    2  send the state blocks
+    3  send the outputs
+    4  flush: every record is stored, or the attempt is void
+    5  send the consumed positions, with the proof of membership
+    6  commit
+    7  merge into memory (the only step that changes the arena)
+
+Died before 6: the log drops the transaction, the successor reads the batch again. Died after 6: the log has everything,
+the successor restores it. An exception with an unknown outcome is settled by asking for the committed positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from stream import changelog
+from stream.changelog import Kind
+from stream.engine import Engine, PartitionState, PartitionStep, merge
+from stream.errors import ConfigError
+from stream.transport import Position, Producer, TopicPartition
+
+STEPS = (1, 2, 3, 4, 5, 6, 7)
+OnStep = Callable[[int], None]
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Committed with every position, as its metadata string: what must be atomic with it.
+
+    Attributes:
+        weights: version of the weights that wrote the state.
+        seen, watermark_ms, next_block: see PartitionState.
+        partitions: number of partitions of the application's topics; users would move if it changed.
+    """
+
+    weights: int
+    seen: int
+    watermark_ms: int
+    next_block: int
+    partitions: int
+
+    def dump(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @staticmethod
+    def load(metadata: str, where: str) -> Progress | None:
+        """Progress from a position's metadata; None for an empty string (a position set by an operator)."""
+        if not metadata:
+            return None
+        try:
+            return msgspec.json.decode(metadata, type=Progress)
+        except msgspec.DecodeError as error:
+            raise ConfigError(
+                f"{where}: the consumer group's position was not committed by driftline ({error}); use another app.name"
+            ) from None
+
+
+class TopicNames(msgspec.Struct, frozen=True, kw_only=True):
+    """The real names of an application's topics. `outputs` maps an output stream to its topic."""
+
+    events: tuple[str, ...]
+    state: str
+    weights: str
+    outputs: Mapping[str, str]
+
+
+class Checkpoint:
+    """Commits steps for one worker."""
+
+    def __init__(
+        self, *, engine: Engine, topics: TopicNames, partitions: int, block_bytes_max: int, on_step: OnStep
+    ) -> None:
+        self._engine = engine
+        self._topics = topics
+        self._partitions = partitions
+        self._block_bytes_max = block_bytes_max
+        self._on_step = on_step
+
+    def commit(
+        self, producer: Producer, states: Mapping[int, PartitionState], steps: Sequence[PartitionStep], group: object
+    ) -> None:
+        """Steps 1 to 6. Raises Retryable, Rebalanced or Fenced; only then is the outcome open."""
+        at = self._on_step
+        at(1)
+        producer.begin()
+        at(2)
+        blocks = {step.partition: self._send_state(producer, states[step.partition], step) for step in steps}
+        at(3)
+        for step in steps:
+            for output in step.outputs:
+                topic = self._topics.outputs[output.stream]
+                producer.send(topic, step.partition, output.key, output.value, output.timestamp_ms)
+        at(4)
+        producer.flush()
+        at(5)
+        producer.send_offsets(self.positions(steps, blocks), group)
+        at(6)
+        producer.commit()
+
+    def merge(self, states: Mapping[int, PartitionState], steps: Sequence[PartitionStep]) -> None:
+        """Step 7."""
+        self._on_step(7)
+        for step in steps:
+            state = states[step.partition]
+            state.next_block = self._next_block(state, step)
+            merge(self._engine, state, step)
+
+    def positions(
+        self, steps: Sequence[PartitionStep], next_blocks: Mapping[int, int]
+    ) -> dict[TopicPartition, Position]:
+        """The positions that a commit of these steps sets."""
+        return {
+            tp: Position(
+                offset,
+                Progress(
+                    weights=self._engine.weights_version,
+                    seen=step.seen,
+                    watermark_ms=step.watermark_ms,
+                    next_block=next_blocks[step.partition],
+                    partitions=self._partitions,
+                ).dump(),
+            )
+            for step in steps
+            for tp, offset in step.positions.items()
+        }
+
+    def _next_block(self, state: PartitionState, step: PartitionStep) -> int:
+        users = changelog.blocks_needed(len(step.records), step.records.dtype, self._block_bytes_max)
+        gone = 1 if step.gone is not None and len(step.gone) else 0
+        groups = 1 if step.groups_after is not None or step.group_delta else 0
+        return state.next_block + users + gone + groups
+
+    def _send_state(self, producer: Producer, state: PartitionState, step: PartitionStep) -> int:
+        """Send the blocks of one partition and return the number after the last one."""
+        number, partition, values = state.next_block, step.partition, []
+        room = changelog.records_in_block(step.records.dtype, self._block_bytes_max)
+        step.records["block"] = number + np.arange(len(step.records)) // room
+        for block in changelog.pack(Kind.USERS, partition, number, step.records, self._block_bytes_max):
+            values.append(block)
+        number += len(values)
+        if step.gone is not None and len(step.gone):
+            keys = np.array(step.gone, np.uint64).view([("key", "<u8")])
+            values.append(changelog.encode(Kind.TOMBSTONES, partition, number, keys))
+        if step.groups_after is not None:
+            payload = step.groups_after.snapshot()
+            values.append(changelog.encode(Kind.GROUPS, partition, state.next_block + len(values), payload))
+        elif step.group_delta:
+            values.append(
+                changelog.encode(Kind.GROUP_DELTA, partition, state.next_block + len(values), step.group_delta)
+            )
+        for value in values:
+            producer.send(self._topics.state, partition, None, value)
+        return state.next_block + len(values)

@@ -1,0 +1,108 @@
+"""The seam between the loop and what it runs: the pipeline (stream/pipeline.py) and the digest of the tests.
+
+An engine is pure: it has no I/O and no clock, works on copies, and leaves the partition's state as it is until `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from stream.records import BatchMetrics
+from stream.state import Arena, Records
+from stream.transport import Record, TopicPartition
+
+
+class Groups(Protocol):
+    """What a partition knows across its users. Changes only by whole deltas and at epoch cuts."""
+
+    def snapshot(self) -> bytes: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class PartitionState:
+    """Everything a worker holds for one partition; equal on every worker that has read the same committed log.
+
+    Attributes:
+        seen: input records consumed so far, dead ones too. The partition's own clock: epochs are cut by it.
+        watermark_ms: newest event time seen.
+        next_block: number of the next state block.
+    """
+
+    arena: Arena
+    groups: Any
+    seen: int = 0
+    watermark_ms: int = 0
+    next_block: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """A record for an output topic; `stream` is forecasts, alerts, warnings, dead_letters or metrics."""
+
+    stream: str
+    key: bytes | None
+    value: bytes
+    timestamp_ms: int
+
+
+@dataclass(kw_only=True, slots=True)
+class PartitionStep:
+    """What one batch does to one partition; void until it is committed and merged.
+
+    Attributes:
+        records: the touched users' new records.
+        group_delta: what the batch adds to the groups; empty if nothing.
+        groups_after: at an epoch cut, the whole new table instead of a delta.
+        gone: keys of users that are forgotten.
+    """
+
+    partition: int
+    positions: dict[TopicPartition, int]
+    records: Records
+    seen: int
+    watermark_ms: int
+    outputs: list[Output] = field(default_factory=list)
+    group_delta: bytes = b""
+    groups_after: Groups | None = None
+    gone: np.ndarray[Any, Any] | None = None
+    metrics: BatchMetrics | None = None
+
+
+class Engine(Protocol):
+    """Turns input records into new state and outputs."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The record of one user; has the fields `key` and `block`."""
+
+    @property
+    def weights_version(self) -> int: ...
+    @property
+    def epoch_records(self) -> int:
+        """A batch must not cross a multiple of this many records of a partition."""
+
+    def new_groups(self) -> Any: ...
+    def groups_from_snapshot(self, payload: bytes) -> Any: ...
+    def apply_group_delta(self, groups: Any, payload: bytes) -> None: ...
+    def process(
+        self, states: Mapping[int, PartitionState], inputs: Mapping[TopicPartition, Sequence[Record]]
+    ) -> list[PartitionStep]:
+        """One batch, already cut at epochs. Raises only where the program is wrong: bad records become outputs."""
+
+
+def merge(engine: Engine, state: PartitionState, step: PartitionStep) -> None:
+    """Make a committed step the partition's state."""
+    if step.gone is not None and len(step.gone):
+        state.arena.remove(step.gone)
+    if len(step.records):
+        state.arena.merge(step.records)
+    if step.groups_after is not None:
+        state.groups = step.groups_after
+    elif step.group_delta:
+        engine.apply_group_delta(state.groups, step.group_delta)
+    state.seen = step.seen
+    state.watermark_ms = step.watermark_ms
