@@ -1,0 +1,113 @@
+"""Restore a partition's state from its changelog, up to a barrier.
+
+The new owner of a partition writes a nonce block to the partition's `state` log in a committed transaction of its own
+and folds the log until it meets that nonce. Whatever an older owner managed to commit lies before the barrier, because
+state blocks are stored before the positions that would prove its membership; whatever is still open there resolves
+first, because committed readers see nothing behind an open transaction. The barrier carries no positions: with them it
+could rewind the group. Never "until position == end": the end may be a marker that no reader ever sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stream import changelog
+from stream.changelog import Kind
+from stream.engine import Engine, PartitionState
+from stream.errors import Corrupt, Retryable
+from stream.state import Arena
+from stream.transport import TopicPartition, Transport
+
+OnProgress = Callable[[int, int, int], None]  # partition, blocks read, offset; the log's length is not known exactly
+_READ_RECORDS = 64
+_READ_TIMEOUT_S = 0.5
+
+
+def write_barrier(
+    transport: Transport, *, transactional_id: str, topic: str, partition: int, nonce: bytes, attempts: int = 5
+) -> None:
+    """Commit the nonce to the partition's state log. Raises Retryable after bounded attempts."""
+    for attempt in range(attempts):
+        producer = transport.producer(transactional_id=transactional_id)
+        try:
+            producer.begin()
+            producer.send(topic, partition, None, changelog.encode(Kind.BARRIER, partition, 0, nonce))
+            producer.flush()
+            producer.commit()
+            return
+        except Retryable:
+            # An ambiguous barrier does no harm: the next one has the same nonce, and either will do.
+            if attempt == attempts - 1:
+                raise
+        finally:
+            producer.close()
+
+
+def restore(
+    transport: Transport,
+    *,
+    engine: Engine,
+    topic: str,
+    partition: int,
+    transactional_id: str,
+    nonce: bytes,
+    timeout_s: float,
+    clock: Callable[[], float],
+    cancelled: Callable[[], bool] = lambda: False,
+    on_progress: OnProgress | None = None,
+) -> PartitionState | None:
+    """The partition's state as of the barrier; None when cancelled.
+
+    Args:
+        timeout_s: limit for the time without any progress, not for the whole restore.
+        clock: monotonic seconds.
+
+    Raises:
+        Retryable: the barrier did not become visible in time.
+        Corrupt: a block cannot be trusted.
+    """
+    write_barrier(transport, transactional_id=transactional_id, topic=topic, partition=partition, nonce=nonce)
+    state = PartitionState(arena=Arena(engine.dtype), groups=engine.new_groups())
+    tp = TopicPartition(topic, partition)
+    reader = transport.reader()
+    try:
+        offset, blocks, last_progress_s = 0, 0, clock()
+        while not cancelled():
+            records = reader.read(tp, offset, _READ_TIMEOUT_S, _READ_RECORDS)
+            for record in records:
+                offset = record.offset + 1
+                if record.value is None:
+                    raise Corrupt(
+                        f"{topic}-{partition}@{record.offset}: a null record in the state log; it is not ours"
+                    )
+                block = changelog.decode(record.value, f"{topic}-{partition}@{record.offset}")
+                if block.kind is Kind.BARRIER and block.payload == nonce:
+                    return state
+                fold(engine, state, block)
+                blocks += 1
+            if records:
+                last_progress_s = clock()
+                if on_progress is not None:
+                    on_progress(partition, blocks, offset)
+            elif clock() - last_progress_s > timeout_s:
+                raise Retryable(
+                    f"{topic}-{partition}: the barrier did not become visible within {timeout_s:.0f} s; "
+                    "an older worker's transaction may still be open"
+                )
+        return None
+    finally:
+        reader.close()
+
+
+def fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None:
+    """Apply one block in log order."""
+    if block.kind is Kind.USERS and block.records is not None:
+        state.arena.merge(changelog.migrate(block.records, engine.dtype))
+    elif block.kind is Kind.TOMBSTONES and block.records is not None:
+        state.arena.remove(block.records["key"].copy())
+    elif block.kind is Kind.GROUPS:
+        state.groups = engine.groups_from_snapshot(block.payload)
+    elif block.kind is Kind.GROUP_DELTA:
+        engine.apply_group_delta(state.groups, block.payload)
+    if block.kind is not Kind.BARRIER:
+        state.next_block = max(state.next_block, block.number + 1)

@@ -1,0 +1,438 @@
+"""The loop around the pipeline: poll, process, commit, merge; and what happens when any of it fails.
+
+    joining ──assigned──> restoring ──barrier seen──> running ──revoked or lost──> (dropped)
+                                          │ ▲
+                           Retryable      ▼ │  committed positions say whether the attempt counts
+                                        resetting
+
+What each error means, by stage:
+
+| stage | error | the worker |
+|---|---|---|
+| decode | bad record | writes a dead letter, goes on; over the poison limit: Corrupt, before the batch is committed |
+| process | anything unexpected | halves the batch until one record is left; that one is a dead letter |
+| commit | Rebalanced | aborts, drops the attempt, seeks back what it still owns |
+| commit | Retryable | new producer; committed == attempted: merges; else drops and seeks back; bounded tries |
+| restore | Retryable | tries again, bounded |
+| any | Fenced | stops clean, exit code of its own |
+| any | Corrupt, ConfigError | stops, writes nothing |
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from stream import records as out
+from stream.checkpoint import Checkpoint, OnStep, Progress, TopicNames
+from stream.config import WorkerSettings
+from stream.engine import Engine, Output, PartitionState, PartitionStep
+from stream.errors import ConfigError, Corrupt, DriftlineError, Rebalanced, Retryable
+from stream.restore import restore
+from stream.state import Records
+from stream.transport import GroupConsumer, Polled, Producer, Record, TopicPartition, Transport
+
+log = logging.getLogger(__name__)
+
+Inputs = dict[TopicPartition, list[Record]]
+
+
+class WeightsSource(Protocol):
+    """Where newer weights come from. `swap` is called between transactions only."""
+
+    def swap(self, at_least: int = 0) -> None:
+        """Load the newest weights into the engine if there are newer ones; wait (bounded) for version `at_least`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What one committed batch was, for metrics and logs."""
+
+    steps: Sequence[PartitionStep]
+    process_s: float
+    commit_s: float
+
+
+class Observer(Protocol):
+    """Told what happens; never decides anything."""
+
+    def turn(self, turn: Turn) -> None: ...
+    def event(self, name: str, **facts: object) -> None: ...
+    def owned(self, partitions: Sequence[int], users: int, restoring: int, lag_records: int) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerParts:
+    """What a worker is made of; cli.py assembles it.
+
+    Attributes:
+        on_step: called before each numbered step of a commit (tests kill the process there).
+        threads: whether restores run on a helper thread; off in the simulator.
+    """
+
+    transport: Transport
+    engine: Engine
+    weights: WeightsSource
+    observer: Observer
+    topics: TopicNames
+    app: str
+    partitions: int
+    settings: WorkerSettings
+    block_bytes_max: int
+    clock: Callable[[], float]
+    nonce: Callable[[], bytes]
+    reset: str = "earliest"
+    on_step: OnStep = lambda step: None
+    threads: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class _Restoring:
+    """A partition on its way in."""
+
+    future: Future[PartitionState | None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    attempts: int = 1
+
+
+class Worker:
+    """One member of the consumer group.
+
+    Example:
+        >>> worker = Worker(parts)  # doctest: +SKIP
+        >>> worker.run(stop)  # until `stop` is set; raises Fenced, Corrupt, ConfigError  # doctest: +SKIP
+    """
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._parts = parts
+        self._id = f"{parts.app}.{parts.settings.slot}"
+        self._checkpoint = Checkpoint(
+            engine=parts.engine,
+            topics=parts.topics,
+            partitions=parts.partitions,
+            block_bytes_max=parts.block_bytes_max,
+            on_step=parts.on_step,
+        )
+        self.states: dict[int, PartitionState] = {}
+        self._restoring: dict[int, _Restoring] = {}
+        self._pool = ThreadPoolExecutor(1, "restore") if parts.threads else None
+        self._poison: deque[tuple[int, int]] = deque()  # (records, dead) by batch
+        self._failures = 0
+        self._producer: Producer = parts.transport.producer(transactional_id=self._id)
+        self._consumer: GroupConsumer = parts.transport.consumer(
+            group=parts.app, topics=parts.topics.events, reset=parts.reset
+        )
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set, then leave the group. The batch under way is finished first."""
+        try:
+            while not stop.is_set():
+                self.turn()
+        finally:
+            self.close()
+
+    def turn(self) -> bool:
+        """Gather one batch and commit it. Returns whether there was anything to do."""
+        self._parts.weights.swap()
+        inputs, group = self._gather()
+        self._finish_restores()
+        queue: deque[Inputs] = deque(self._cut(inputs))
+        busy = bool(queue)
+        while queue:
+            batch = queue.popleft()
+            try:
+                steps, process_s = self._process(batch)
+            except DriftlineError:
+                raise
+            except Exception as error:
+                queue.extendleft(reversed(self._bisect(batch, error, group)))
+                continue
+            if not self._commit(steps, group, process_s):
+                break  # what is left was seeked back and comes again
+        return busy
+
+    def close(self) -> None:
+        """Leave the group and end the helper thread. Idempotent."""
+        for restoring in self._restoring.values():
+            restoring.cancelled.set()
+        self._consumer.close()
+        self._producer.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # ------------------------------------------------------------------ gathering
+
+    def _gather(self) -> tuple[Inputs, object]:
+        """Poll until the batch is full or `batch_wait_s` is over; records of partitions lost meanwhile are dropped."""
+        settings, clock = self._parts.settings, self._parts.clock
+        inputs: Inputs = {}
+        count, size = 0, 0
+        polled = self._poll(settings.poll_timeout_s, settings.batch_events_max, inputs)
+        deadline_s = clock() + settings.batch_wait_s
+        while polled.records:
+            for batch in polled.records.values():
+                count += len(batch)
+                size += sum(len(r.value) for r in batch if r.value is not None)
+            left_s = deadline_s - clock()
+            if count >= settings.batch_events_max or size >= settings.batch_bytes_max or left_s <= 0:
+                break
+            polled = self._poll(left_s, settings.batch_events_max - count, inputs)
+        return inputs, polled.group
+
+    def _poll(self, timeout_s: float, max_records: int, inputs: Inputs) -> Polled:
+        polled = self._consumer.poll(timeout_s, max_records)
+        for tp in polled.revoked:
+            inputs.pop(tp, None)
+            self._drop(tp.partition)
+        for partition in sorted({tp.partition for tp in polled.assigned}):
+            self._start_restore(partition)
+        for tp, batch in polled.records.items():
+            inputs.setdefault(tp, []).extend(batch)
+        return polled
+
+    def _cut(self, inputs: Inputs) -> list[Inputs]:
+        """Cut at the epochs of each partition: what crosses users changes only there."""
+        epoch = self._parts.engine.epoch_records
+        cuts: list[Inputs] = []
+        for partition in {tp.partition for tp in inputs}:
+            seen = self.states[partition].seen
+            part, room = 0, epoch - seen % epoch
+            for tp in [tp for tp in inputs if tp.partition == partition]:
+                batch = inputs[tp]
+                while batch:
+                    if len(cuts) <= part:
+                        cuts.append({})
+                    cuts[part][tp] = batch[:room]
+                    room -= len(cuts[part][tp])
+                    batch = batch[len(cuts[part][tp]) :]
+                    if room == 0:
+                        part, room = part + 1, epoch
+        return cuts
+
+    # ------------------------------------------------------------------ processing
+
+    def _process(self, batch: Inputs) -> tuple[list[PartitionStep], float]:
+        start_s = self._parts.clock()
+        steps = self._parts.engine.process(self.states, batch)
+        self._check_poison(batch, steps)
+        return steps, self._parts.clock() - start_s
+
+    def _bisect(self, batch: Inputs, error: Exception, group: object) -> list[Inputs]:
+        """Two halves of a batch that the engine failed on; a single record becomes a dead letter and leaves nothing."""
+        count = sum(map(len, batch.values()))
+        if count > 1:
+            first: Inputs = {}
+            second: Inputs = {}
+            left = count // 2
+            for tp, records in batch.items():
+                head, tail = records[:left], records[left:]
+                left -= len(head)
+                if head:
+                    first[tp] = head
+                if tail:
+                    second[tp] = tail
+            return [first, second]
+        ((tp, (record,)),) = batch.items()
+        log.error("event=processing_failed topic=%s partition=%d offset=%d", *tp, record.offset, exc_info=error)
+        self._commit([self._failed_step(tp, record, error)], group, 0.0)
+        return []
+
+    def _failed_step(self, tp: TopicPartition, record: Record, error: Exception) -> PartitionStep:
+        state = self.states[tp.partition]
+        letter = out.dead_letter(
+            reason="processing_failed",
+            message=f"{type(error).__name__}: {error}",
+            source=out.Source(topic=tp.topic, partition=tp.partition, offset=record.offset),
+            timestamp_ms=record.timestamp,
+            key=record.key,
+            value=record.value,
+        )
+        none: Records = np.zeros(0, self._parts.engine.dtype)
+        return PartitionStep(
+            partition=tp.partition,
+            positions={tp: record.offset + 1},
+            records=none,
+            seen=state.seen + 1,
+            watermark_ms=state.watermark_ms,
+            outputs=[
+                Output(stream="dead_letters", key=record.key, value=out.encode(letter), timestamp_ms=record.timestamp)
+            ],
+        )
+
+    def _check_poison(self, batch: Inputs, steps: Sequence[PartitionStep]) -> None:
+        """Stop before the input drains into the dead letters (a wrong format, not a few bad records)."""
+        settings = self._parts.settings
+        dead = sum(output.stream == "dead_letters" for step in steps for output in step.outputs)
+        self._poison.append((sum(map(len, batch.values())), dead))
+        while sum(n for n, _ in self._poison) - self._poison[0][0] >= settings.poison_window:
+            self._poison.popleft()
+        dead = sum(d for _, d in self._poison)
+        if dead > settings.poison_share_max * settings.poison_window:
+            raise Corrupt(
+                f"{dead} of the last {sum(n for n, _ in self._poison)} records could not be used, over "
+                "worker.poison_share_max; the last batch was not committed. Look at the newest dead letters: is "
+                "events.fields right, and is the topic keyed by the user id?"
+            )
+
+    # ------------------------------------------------------------------ committing
+
+    def _commit(self, steps: Sequence[PartitionStep], group: object, process_s: float) -> bool:
+        """Commit and merge; False if the attempt was void and its records will come again."""
+        start_s = self._parts.clock()
+        try:
+            self._checkpoint.commit(self._producer, self.states, steps, group)
+        except Retryable as error:
+            if not self._settle(steps, error):
+                return False
+        self._failures = 0
+        self._checkpoint.merge(self.states, steps)
+        self._parts.observer.turn(Turn(steps=steps, process_s=process_s, commit_s=self._parts.clock() - start_s))
+        return True
+
+    def _settle(self, steps: Sequence[PartitionStep], error: Retryable) -> bool:
+        """After a failed commit: find out whether it counts. True if it did."""
+        self._failures += 1
+        settings = self._parts.settings
+        name = "rebalanced" if isinstance(error, Rebalanced) else "commit_failed"
+        self._parts.observer.event(name, failures=self._failures, error=str(error))
+        if self._failures > settings.retries_max:
+            raise error
+        self._producer.close()
+        # A new producer of the same id aborts, or waits for, whatever the old one left open: then positions are final.
+        self._producer = self._parts.transport.producer(transactional_id=self._id)
+        attempted = {tp: offset for step in steps for tp, offset in step.positions.items()}
+        committed = self._consumer.committed(list(attempted))
+        found = {tp: position.offset for tp, position in committed.items() if position is not None}
+        if all(found.get(tp) == offset for tp, offset in attempted.items()):
+            self._parts.observer.event("commit_settled", outcome="committed")
+            return True
+        self._parts.observer.event("commit_settled", outcome="void")
+        self._seek_back()
+        return False
+
+    def _seek_back(self) -> None:
+        """Every partition that we run goes back to its committed position; the attempt's records come again."""
+        tps = [TopicPartition(topic, p) for p in self.states for topic in self._parts.topics.events]
+        for tp, position in self._consumer.committed(tps).items():
+            self._seek(tp, position.offset if position is not None else None)
+
+    def _seek(self, tp: TopicPartition, offset: int | None) -> None:
+        """To the position, or to the end that `reset` names where nothing was ever committed."""
+        if offset is None:
+            reader = self._parts.transport.reader()
+            try:
+                first, end = reader.bounds(tp)
+            finally:
+                reader.close()
+            offset = end if self._parts.reset == "latest" else first
+        self._consumer.seek(tp, offset)
+
+    # ------------------------------------------------------------------ partitions that come and go
+
+    def _drop(self, partition: int) -> None:
+        restoring = self._restoring.pop(partition, None)
+        if restoring is not None:
+            restoring.cancelled.set()
+        if self.states.pop(partition, None) is not None:
+            self._parts.observer.event("partition_dropped", partition=partition)
+
+    def _start_restore(self, partition: int) -> None:
+        if partition in self._restoring or partition in self.states:
+            return
+        cancelled = threading.Event()
+        self._restoring[partition] = _Restoring(future=self._submit(partition, cancelled), cancelled=cancelled)
+
+    def _submit(self, partition: int, cancelled: threading.Event) -> Future[PartitionState | None]:
+        if self._pool is not None:
+            return self._pool.submit(self._restore, partition, cancelled)
+        future: Future[PartitionState | None] = Future()
+        try:
+            future.set_result(self._restore(partition, cancelled))
+        except DriftlineError as error:
+            future.set_exception(error)
+        return future
+
+    def _restore(self, partition: int, cancelled: threading.Event) -> PartitionState | None:
+        parts = self._parts
+        return restore(
+            parts.transport,
+            engine=parts.engine,
+            topic=parts.topics.state,
+            partition=partition,
+            transactional_id=f"{self._id}.barrier",
+            nonce=parts.nonce(),
+            timeout_s=parts.settings.restore_timeout_s,
+            clock=parts.clock,
+            cancelled=cancelled.is_set,
+            on_progress=lambda p, blocks, offset: parts.observer.event(
+                "restoring", partition=p, blocks=blocks, offset=offset
+            ),
+        )
+
+    def _finish_restores(self) -> None:
+        """Take over the partitions whose restore is done: state, then committed positions, then resume."""
+        for partition, restoring in list(self._restoring.items()):
+            if not restoring.future.done():
+                continue
+            try:
+                state = restoring.future.result()
+            except Retryable as error:
+                if restoring.attempts > self._parts.settings.retries_max:
+                    raise
+                self._parts.observer.event("restore_failed", partition=partition, error=str(error))
+                restoring.attempts += 1
+                restoring.future = self._submit(partition, restoring.cancelled)
+                continue
+            del self._restoring[partition]
+            if state is not None:
+                self._take_over(partition, state)
+        self._parts.observer.owned(
+            sorted(self.states),
+            sum(len(s.arena) for s in self.states.values()),
+            len(self._restoring),
+            sum(self._consumer.lag().values()) if self.states else 0,
+        )
+
+    def _take_over(self, partition: int, state: PartitionState) -> None:
+        tps = [TopicPartition(topic, partition) for topic in self._parts.topics.events]
+        committed = self._consumer.committed(tps)
+        for tp in tps:
+            position = committed.get(tp)
+            progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{partition}")
+            if progress is not None:
+                self._check_partitions(progress)
+                self._parts.weights.swap(at_least=progress.weights)
+                state.seen = max(state.seen, progress.seen)
+                state.watermark_ms = max(state.watermark_ms, progress.watermark_ms)
+                state.next_block = max(state.next_block, progress.next_block)
+            self._seek(tp, None if position is None else position.offset)
+        self.states[partition] = state
+        self._consumer.resume(tps)
+        self._parts.observer.event("partition_running", partition=partition, users=len(state.arena), seen=state.seen)
+
+    def _check_partitions(self, progress: Progress) -> None:
+        if progress.partitions != self._parts.partitions:
+            raise ConfigError(
+                f"the topics had {progress.partitions} partitions when this application's state was written and have "
+                f"{self._parts.partitions} now: users have moved between partitions. Start under a new app.name and "
+                "replay the input, or give the topics their old partition count"
+            )
+
+
+def batch_counts(steps: Sequence[PartitionStep]) -> Mapping[str, int]:
+    """Sums over the metrics of a batch's steps."""
+    totals: dict[str, int] = {}
+    for step in steps:
+        if step.metrics is not None:
+            for name in ("records", "events", "dead_letters", "late", "forecasts", "alerts", "new_users", "scored"):
+                totals[name] = totals.get(name, 0) + getattr(step.metrics, name)
+    return totals
