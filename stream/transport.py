@@ -157,7 +157,7 @@ class LogReader(Protocol):
         """
 
     def bounds(self, partition: TopicPartition) -> tuple[int, int]:
-        """(first offset still there, offset up to which records can be read now: the first open transaction ends it)."""
+        """(first offset still there, offset up to which records can be read now; an open transaction ends it)."""
 
     def close(self) -> None: ...
 
@@ -193,11 +193,11 @@ class Transport(Protocol):
 
     def admin(self) -> Admin: ...
     def consumer(self, *, group: str, topics: Sequence[str], reset: str = "earliest") -> GroupConsumer:
-        """Join `group`. `reset` (earliest | latest | none) applies where no position is committed, or it was deleted."""
+        """Join `group`. `reset` (earliest | latest | none) applies where no position is committed or it was deleted."""
 
     def producer(self, *, transactional_id: str) -> Producer: ...
     def reader(self) -> LogReader: ...
     def append(self, topic: str, partition: int, records: Iterable[tuple[bytes | None, bytes | None, int]]) -> int:
-        """Append (key, value, timestamp_ms) in bulk outside any transaction; acknowledged on return; gives the count."""
+        """Append (key, value, timestamp_ms) in bulk outside any transaction, acknowledged on return; the count."""
 
     def close(self) -> None: ...
