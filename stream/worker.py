@@ -37,7 +37,7 @@ from stream.engine import Engine, Output, PartitionState, PartitionStep
 from stream.errors import ConfigError, Corrupt, DriftlineError, Rebalanced, Retryable
 from stream.restore import restore
 from stream.state import Records
-from stream.transport import GroupConsumer, Polled, Producer, Record, TopicPartition, Transport
+from stream.transport import GroupConsumer, Polled, Position, Producer, Record, TopicPartition, Transport
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class WorkerParts:
     settings: WorkerSettings
     block_bytes_max: int
     clock: Callable[[], float]
+    sleep: Callable[[float], None]
     nonce: Callable[[], bytes]
     reset: str = "earliest"
     on_step: OnStep = lambda step: None
@@ -142,22 +143,26 @@ class Worker:
 
     def turn(self) -> bool:
         """Gather one batch and commit it. Returns whether there was anything to do."""
-        self._parts.weights.swap()
-        inputs, group = self._gather()
-        self._finish_restores()
-        queue: deque[Inputs] = deque(self._cut(inputs))
-        busy = bool(queue)
-        while queue:
-            batch = queue.popleft()
-            try:
-                steps, process_s = self._process(batch)
-            except DriftlineError:
-                raise
-            except Exception as error:
-                queue.extendleft(reversed(self._bisect(batch, error, group)))
-                continue
-            if not self._commit(steps, group, process_s):
-                break  # what is left was seeked back and comes again
+        try:
+            self._parts.weights.swap()
+            inputs, group = self._gather()
+            self._finish_restores()
+            queue: deque[Inputs] = deque(self._cut(inputs))
+            busy = bool(queue)
+            while queue:
+                batch = queue.popleft()
+                try:
+                    steps, process_s = self._process(batch)
+                except DriftlineError:
+                    raise
+                except Exception as error:
+                    queue.extendleft(reversed(self._bisect(batch, error, group)))
+                    continue
+                if not self._commit(steps, group, process_s):
+                    break  # what is left was seeked back and comes again
+        except Retryable as error:  # a poll or a look-up failed: nothing was changed
+            self._back_off("retry", error)
+            return True
         return busy
 
     def close(self) -> None:
@@ -300,29 +305,48 @@ class Worker:
 
     def _settle(self, steps: Sequence[PartitionStep], error: Retryable) -> bool:
         """After a failed commit: find out whether it counts. True if it did."""
-        self._failures += 1
-        settings = self._parts.settings
-        name = "rebalanced" if isinstance(error, Rebalanced) else "commit_failed"
-        self._parts.observer.event(name, failures=self._failures, error=str(error))
-        if self._failures > settings.retries_max:
-            raise error
+        self._back_off("rebalanced" if isinstance(error, Rebalanced) else "commit_failed", error)
         self._producer.close()
         # A new producer of the same id aborts, or waits for, whatever the old one left open: then positions are final.
         self._producer = self._parts.transport.producer(transactional_id=self._id)
         attempted = {tp: offset for step in steps for tp, offset in step.positions.items()}
-        committed = self._consumer.committed(list(attempted))
-        found = {tp: position.offset for tp, position in committed.items() if position is not None}
-        if all(found.get(tp) == offset for tp, offset in attempted.items()):
+        equal = [p is not None and p.offset == attempted[tp] for tp, p in self._committed(list(attempted)).items()]
+        if all(equal):
             self._parts.observer.event("commit_settled", outcome="committed")
             return True
-        self._parts.observer.event("commit_settled", outcome="void")
+        if any(equal):
+            # It did commit, and the new owner of another partition has gone on since: read our share back.
+            self._parts.observer.event("commit_settled", outcome="mixed")
+            for partition in sorted({tp.partition for tp in attempted}):
+                self._consumer.pause([TopicPartition(topic, partition) for topic in self._parts.topics.events])
+                self._drop(partition)
+                self._start_restore(partition)
+        else:
+            self._parts.observer.event("commit_settled", outcome="void")
         self._seek_back()
         return False
+
+    def _back_off(self, name: str, error: Retryable) -> None:
+        """Count a failure and wait; raises the error when there were too many in a row."""
+        self._failures += 1
+        settings = self._parts.settings
+        self._parts.observer.event(name, failures=self._failures, error=str(error))
+        if self._failures > settings.retries_max:
+            raise error
+        self._parts.sleep(min(settings.backoff_max_s, settings.backoff_s * 2 ** (self._failures - 1)))
+
+    def _committed(self, tps: Sequence[TopicPartition]) -> Mapping[TopicPartition, Position | None]:
+        """Stable committed positions; waits, bounded, while an open transaction holds them."""
+        while True:
+            try:
+                return self._consumer.committed(tps)
+            except Retryable as error:
+                self._back_off("positions_unstable", error)
 
     def _seek_back(self) -> None:
         """Every partition that we run goes back to its committed position; the attempt's records come again."""
         tps = [TopicPartition(topic, p) for p in self.states for topic in self._parts.topics.events]
-        for tp, position in self._consumer.committed(tps).items():
+        for tp, position in self._committed(tps).items():
             self._seek(tp, position.offset if position is not None else None)
 
     def _seek(self, tp: TopicPartition, offset: int | None) -> None:
@@ -392,9 +416,9 @@ class Worker:
                 restoring.attempts += 1
                 restoring.future = self._submit(partition, restoring.cancelled)
                 continue
-            del self._restoring[partition]
             if state is not None:
                 self._take_over(partition, state)
+            self._restoring.pop(partition, None)
         self._parts.observer.owned(
             sorted(self.states),
             sum(len(s.arena) for s in self.states.values()),
@@ -404,7 +428,7 @@ class Worker:
 
     def _take_over(self, partition: int, state: PartitionState) -> None:
         tps = [TopicPartition(topic, partition) for topic in self._parts.topics.events]
-        committed = self._consumer.committed(tps)
+        committed = self._committed(tps)
         for tp in tps:
             position = committed.get(tp)
             progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{partition}")

@@ -1,0 +1,122 @@
+"""A digest application on any transport: topics, a worker, and the oracle's verdict. Used by several test files."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from stream.checkpoint import OnStep, TopicNames
+from stream.config import WorkerSettings
+from stream.memory import ManualClock
+from stream.testing import DigestEngine, Verdict, arena_content, fold_inputs, judge, read_all
+from stream.transport import Record, TopicSpec, Transport
+from stream.worker import Turn, Worker, WorkerParts
+
+STREAMS = ("forecasts", "alerts", "warnings", "dead_letters", "metrics")
+
+
+def topic_names(prefix: str = "") -> TopicNames:
+    return TopicNames(
+        events=(prefix + "events",),
+        state=prefix + "state",
+        weights=prefix + "weights",
+        outputs={stream: prefix + stream for stream in STREAMS},
+    )
+
+
+def create_topics(transport: Transport, names: TopicNames, partitions: int) -> None:
+    admin = transport.admin()
+    every = [*names.events, names.state, names.weights, *names.outputs.values()]
+    admin.create([TopicSpec(name=name, partitions=partitions) for name in every])
+    admin.close()
+
+
+class NoWeights:
+    """The digest engine has no weights to swap."""
+
+    def swap(self, at_least: int = 0) -> None:
+        assert at_least == 0
+
+
+class Counting:
+    """Counts what a worker reports, so that a test can prove that its fault bit."""
+
+    def __init__(self) -> None:
+        self.events: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.turns = 0
+
+    def turn(self, turn: Turn) -> None:
+        self.turns += 1
+
+    def event(self, name: str, **facts: object) -> None:
+        self.events[name] += 1
+        if "outcome" in facts:
+            self.outcomes[str(facts["outcome"])] += 1
+
+    def owned(self, partitions: object, users: int, restoring: int, lag_records: int) -> None:
+        pass
+
+
+_nonces = itertools.count()
+
+
+def make_worker(
+    transport: Transport,
+    names: TopicNames,
+    *,
+    partitions: int,
+    on_step: OnStep = lambda step: None,
+    observer: Counting | None = None,
+    settings: dict[str, Any] | None = None,
+    clock: ManualClock | None = None,
+    threads: bool = False,
+    engine: DigestEngine | None = None,
+    app: str = "app",
+) -> Worker:
+    base = {"batch_events_max": 50, "poll_timeout_s": 0.05, "batch_wait_s": 0.0, "backoff_s": 0.01}
+    nonce: Callable[[], bytes] = lambda: f"{time.monotonic_ns()}-{next(_nonces)}".encode()  # noqa: E731
+    return Worker(
+        WorkerParts(
+            transport=transport,
+            engine=engine or DigestEngine(epoch_records=70),
+            weights=NoWeights(),
+            observer=observer or Counting(),
+            topics=names,
+            app=app,
+            partitions=partitions,
+            settings=msgspec.convert(base | (settings or {}), WorkerSettings),
+            block_bytes_max=10_000,
+            clock=clock or time.monotonic,
+            sleep=clock.advance if clock else time.sleep,
+            nonce=nonce,
+            on_step=on_step,
+            threads=threads,
+        )
+    )
+
+
+def verdict_of(transport: Transport, names: TopicNames, partitions: int) -> tuple[Verdict, list[Record]]:
+    """Judge what lies in the log now; also the inputs."""
+    reader = transport.reader()
+    wait_s = 0.0 if transport.name == "memory" else 0.5
+    inputs = list(read_all(reader, names.events[0], partitions, wait_s))
+    outputs = list(read_all(reader, names.outputs["forecasts"], partitions, wait_s))
+    dead = list(read_all(reader, names.outputs["dead_letters"], partitions, wait_s))
+    reader.close()
+    return judge(inputs, outputs, dead), inputs
+
+
+def check_arena(worker: Worker, inputs: list[Record]) -> list[str]:
+    """I4: arena == fold(inputs), for every partition that the worker runs; the differences."""
+    expected = fold_inputs(inputs)
+    return [
+        f"I4: partition {partition} differs"
+        for partition, state in worker.states.items()
+        if arena_content(state) != expected.get(partition, {})
+    ]

@@ -1,0 +1,248 @@
+"""The worker on the in-memory log: nothing lost, nothing doubled, whatever dies or fails."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from digest_app import Counting, check_arena, create_topics, make_worker, topic_names, verdict_of
+
+from stream.checkpoint import STEPS
+from stream.errors import ConfigError, Corrupt, Fenced, Retryable
+from stream.memory import Fault, ManualClock, MemoryLog
+from stream.testing import DigestEngine, digest_event
+from stream.transport import TopicPartition
+from stream.worker import Worker
+
+NAMES = topic_names()
+PARTITIONS = 3
+
+
+class Killed(BaseException):
+    """A simulated kill -9: nothing may catch it."""
+
+
+def fill(log: MemoryLog, rng: random.Random, count: int, poison: float = 0.02) -> int:
+    for number in range(count):
+        user = f"{rng.choice('abc')}{int(rng.paretovariate(0.6)) % 40}"
+        key, value, timestamp_ms = digest_event(user, number)
+        if rng.random() < poison:
+            value = rng.choice([b"", b"{", b'{"user": 1}', None])
+        log.append("events", sum(key) % PARTITIONS, iter([(key, value, timestamp_ms)]))
+    return count
+
+
+def drain(worker: Worker, turns: int = 400) -> None:
+    idle = 0
+    for _ in range(turns):
+        idle = 0 if worker.turn() or len(worker.states) < PARTITIONS else idle + 1
+        if idle >= 2:
+            return
+    raise AssertionError("the worker did not drain the input")
+
+
+@pytest.fixture
+def log() -> Iterator[MemoryLog]:
+    log = MemoryLog(clock=ManualClock(), session_timeout_s=10, transaction_timeout_s=10)
+    create_topics(log, NAMES, PARTITIONS)
+    yield log
+
+
+def worker_on(log: MemoryLog, **kwargs: object) -> Worker:
+    clock = log.now
+    assert isinstance(clock, ManualClock)
+    return make_worker(log, NAMES, partitions=PARTITIONS, clock=clock, **kwargs)  # type: ignore[arg-type]
+
+
+def test_every_input_is_answered_once(log: MemoryLog) -> None:
+    """A plain run: each record gives one output or dead letter, chains are whole, the arena is the fold of the input."""
+    fill(log, random.Random(1), 700)
+    worker = worker_on(log)
+    drain(worker)
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert verdict.problems == [] and verdict.dead_letters > 0
+    assert verdict.outputs + verdict.dead_letters == len(inputs) == 700
+    assert check_arena(worker, inputs) == []
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("seed", range(8))
+def test_kill_before_every_step(log: MemoryLog, step: int, seed: int) -> None:
+    """Killed before any numbered step of any commit, a successor goes on: nothing lost, nothing doubled, state whole."""
+    rng = random.Random(seed)
+    fill(log, rng, 400)
+    kills = 0
+    for life in range(6):
+        countdown = rng.randrange(1, 5)
+
+        def kill(at: int, life: int = life) -> None:
+            nonlocal countdown, kills
+            countdown -= at == step
+            if at == step and countdown == 0 and life < 5:
+                kills += 1
+                raise Killed
+
+        worker = worker_on(log, on_step=kill)
+        try:
+            drain(worker)
+        except Killed:
+            continue  # no close: its member and its transaction stay behind
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert kills > 0, "the fault did not bite"
+    assert verdict.problems == [] and verdict.inputs == 400
+    assert check_arena(worker, inputs) == []
+
+
+@pytest.mark.parametrize("point", ["begin", "send", "flush", "send_offsets", "commit"])
+@pytest.mark.parametrize("fault", [Fault.LOSE, Fault.HIDE])
+def test_calls_that_fail_with_unknown_outcome(log: MemoryLog, point: str, fault: Fault) -> None:
+    """A call that was lost, or that worked and reported failure, is settled by the committed positions."""
+    rng = random.Random(f"{point}{fault}")
+    fill(log, rng, 400)
+    bitten = 0
+
+    def faults(at: str, who: str) -> Fault | None:
+        nonlocal bitten
+        if at == point and who == "app.0" and rng.random() < (0.005 if point == "send" else 0.3):
+            bitten += 1
+            return fault
+        return None
+
+    log.faults = faults
+    observer = Counting()
+    worker = worker_on(log, observer=observer)
+    drain(worker)
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert bitten > 0 and sum(observer.outcomes.values()) > 0, "the fault did not bite"
+    if point == "commit":
+        assert observer.outcomes["committed" if fault is Fault.HIDE else "void"] > 0
+    assert verdict.problems == []
+    assert check_arena(worker, inputs) == []
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_two_workers_come_and_go(log: MemoryLog, seed: int) -> None:
+    """Workers join, leave, are killed or stall (a zombie wakes up later): still exactly once, per-user order kept."""
+    rng = random.Random(seed)
+    fill(log, rng, 300)
+    observer = Counting()
+    workers: dict[int, Worker] = {}
+    fenced = 0
+    for round_ in range(60):
+        if round_ == 20:
+            fill(log, rng, 200)
+        slot = rng.randrange(3)
+        action = rng.random()
+        if slot not in workers:
+            workers[slot] = worker_on(log, observer=observer, settings={"slot": str(slot), "batch_events_max": 7})
+        elif action < 0.08:
+            workers.pop(slot).close()
+        elif action < 0.14:
+            workers.pop(slot)  # killed: it never says goodbye
+        elif action < 0.2:
+            log.expire(workers[slot]._consumer)  # type: ignore[arg-type]
+        if rng.random() < 0.05:
+            log.expire_transactions()
+        for slot in rng.sample(sorted(workers), len(workers)):
+            try:
+                workers[slot].turn()
+            except Fenced:
+                fenced += 1
+                del workers[slot]
+    for worker in workers.values():
+        worker.close()
+    last = worker_on(log)
+    drain(last)
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert observer.events["partition_dropped"] > 0, "no rebalance was seen"
+    assert verdict.problems == [] and len(inputs) == 500
+    assert check_arena(last, inputs) == []
+
+
+def test_a_fenced_worker_stops(log: MemoryLog) -> None:
+    """The older one of two workers of one slot stops with Fenced and has committed nothing since."""
+    fill(log, random.Random(3), 50)
+    older = worker_on(log)
+    older.turn()
+    worker_on(log)
+    with pytest.raises(Fenced):
+        drain(older)
+
+
+def test_a_record_that_breaks_the_engine_is_a_dead_letter(log: MemoryLog) -> None:
+    """A batch on which the engine fails is halved until the one guilty record is left; the others are untouched."""
+
+    class Fragile(DigestEngine):
+        def process(self, states, inputs):  # type: ignore[no-untyped-def]
+            for records in inputs.values():
+                for record in records:
+                    if record.value and b"boom" in record.value:
+                        raise ZeroDivisionError("boom")
+            return super().process(states, inputs)
+
+    fill(log, random.Random(4), 120, poison=0.0)
+    log.append("events", 0, iter([(b"boom", b'{"user": "boom", "interest": "x", "time": 1}', 1)]))
+    fill(log, random.Random(5), 120, poison=0.0)
+    worker = worker_on(log, engine=Fragile())
+    drain(worker)
+    verdict, _ = verdict_of(log, NAMES, PARTITIONS)
+    assert (verdict.dead_letters, verdict.outputs, verdict.problems) == (1, 240, [])
+
+
+def test_poison_over_the_limit_stops_before_the_commit(log: MemoryLog) -> None:
+    """A topic of the wrong format stops the worker; the batch that crosses the limit is not drained."""
+    for number in range(400):
+        log.append("events", number % PARTITIONS, iter([(b"k", b"not json", 1)]))
+    worker = worker_on(log, settings={"poison_window": 200, "poison_share_max": 0.5})
+    with pytest.raises(Corrupt, match="dead letters"):
+        drain(worker)
+    verdict, _ = verdict_of(log, NAMES, PARTITIONS)
+    assert verdict.dead_letters <= 100
+
+
+def test_a_changed_partition_count_is_refused() -> None:
+    """State of four partitions is not read as if it were of three: users would have moved."""
+    log = MemoryLog(clock=ManualClock())
+    create_topics(log, NAMES, PARTITIONS)
+    fill(log, random.Random(6), 30)
+    first = worker_on(log)
+    drain(first)
+    first.close()
+    second = make_worker(log, NAMES, partitions=PARTITIONS + 1, clock=log.now)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="partitions"):
+        for _ in range(5):
+            second.turn()
+
+
+def test_retries_have_a_limit(log: MemoryLog) -> None:
+    """A log that fails for ever ends the worker instead of turning for ever."""
+    fill(log, random.Random(7), 30)
+    worker = worker_on(log, settings={"retries_max": 5})
+    log.faults = lambda point, who: Fault.LOSE if point == "poll" else None
+    with pytest.raises(Retryable):
+        for _ in range(10):
+            worker.turn()
+
+
+def test_a_foreign_record_in_the_state_log_stops_the_restore(log: MemoryLog) -> None:
+    """What is not a block of ours is never folded."""
+    log.append("state", 1, iter([(None, b"junk", 1)]))
+    worker = worker_on(log)
+    with pytest.raises(Corrupt, match="not a state block"):
+        for _ in range(5):
+            worker.turn()
+
+
+def test_oracle_finds_a_lost_and_a_doubled_output(log: MemoryLog) -> None:
+    """The judge itself: take an output away or repeat one, and it says so."""
+    from stream.testing import judge
+
+    fill(log, random.Random(8), 60, poison=0.0)
+    drain(worker_on(log))
+    reader = log.reader()
+    inputs = [r for p in range(PARTITIONS) for r in reader.read(TopicPartition("events", p), 0, 0)]
+    outputs = [r for p in range(PARTITIONS) for r in reader.read(TopicPartition("forecasts", p), 0, 0)]
+    assert judge(inputs, outputs, []).problems == []
+    assert any(p.startswith("I1") for p in judge(inputs, outputs[:-1], []).problems)
+    assert any(p.startswith("I2") for p in judge(inputs, [*outputs, outputs[-1]], []).problems)
