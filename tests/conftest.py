@@ -1,0 +1,60 @@
+"""Fixtures of the whole suite: a real broker where one can be had, and each of the three logs, fresh for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from stream.transport import Transport
+
+settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of a real broker: the one of DRIFTLINE_KAFKA, or one that is started here and ended after the run.
+
+    Without Java and Maven the test is skipped with the reason; under CI=true that is a failure.
+    """
+    from kafka_broker import BrokerUnavailable, running_broker
+
+    given = os.environ.get("DRIFTLINE_KAFKA")
+    if given:
+        yield given
+        return
+    try:
+        with running_broker(tmp_path_factory.mktemp("kafka")) as bootstrap:
+            yield bootstrap
+    except BrokerUnavailable as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
+        pytest.skip(f"no Kafka broker: {error}")
+
+
+@pytest.fixture(params=["memory", "embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Transport]:
+    """Each log in turn, empty (Kafka: shared by the run, so names of topics, groups and ids come from `unique`)."""
+    log: Transport
+    if request.param == "memory":
+        from stream.memory import MemoryLog
+
+        log = MemoryLog()
+    elif request.param == "embedded":
+        from stream.embedded import EmbeddedLog
+
+        log = EmbeddedLog(tmp_path / "log.db")
+    else:
+        from stream.kafka import KafkaLog
+
+        log = KafkaLog(
+            {"bootstrap_servers": request.getfixturevalue("kafka_bootstrap"), "heartbeat_interval_ms": 200},
+            transaction_timeout_s=10.0,
+        )
+    yield log
+    log.close()
