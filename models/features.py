@@ -10,6 +10,7 @@ Shape legend, used in names everywhere in `models/`:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,14 +25,24 @@ F32 = npt.NDArray[np.float32]
 
 # Event types: a closed set of codes for what shops, banks and schools commonly send; any other word is hashed into
 # the codes 16..31, so that an unknown type is an event like any other.
-TYPE_CODES: dict[str, int] = {"": 0, "browse": 1, "cart": 2, "purchase": 3, "review": 4, "favourite": 5, "search": 6,
-                              "login": 7, "payment": 8, "answer": 9, "remove": 10}  # fmt: skip
-TYPE_ALIASES: dict[str, str] = {
-    "view": "browse", "pv": "browse", "click": "browse", "page_view": "browse", "add_to_cart": "cart", "buy": "purchase",
-    "order": "purchase", "transaction": "purchase", "fav": "favourite", "like": "favourite", "wishlist": "favourite",
-    "rating": "review", "comment": "review", "remove_from_cart": "remove", "transfer": "payment",
-}  # fmt: skip
+TYPE_CODES: dict[str, int] = {
+    name: code
+    for code, name in enumerate(
+        ("", "browse", "cart", "purchase", "review", "favourite", "search", "login", "payment", "answer", "remove")
+    )
+}
+_ALIASES = {
+    "browse": ("view", "pv", "click", "page_view"),
+    "cart": ("add_to_cart",),
+    "purchase": ("buy", "order", "transaction"),
+    "favourite": ("fav", "like", "wishlist"),
+    "review": ("rating", "comment"),
+    "remove": ("remove_from_cart",),
+    "payment": ("transfer",),
+}
+TYPE_ALIASES: dict[str, str] = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
 TYPE_COUNT = 32
+_TYPE_NAMES = {code: name or "none" for name, code in TYPE_CODES.items()}
 
 
 def type_code(name: str) -> int:
@@ -44,8 +55,13 @@ def type_code(name: str) -> int:
     return code
 
 
+def type_name(code: int) -> str:
+    """The canonical name of a type code; codes of unknown words are named by number."""
+    return _TYPE_NAMES.get(code, f"type-{code}")
+
+
 def interest_key(name: str) -> int:
-    """Stable 32-bit key of an interest or item name, never 0 (0 means missing). Collisions are the vocabulary's to detect."""
+    """Stable 32-bit key of an interest or item name; never 0, which is missing. The vocabulary detects collisions."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") or 1
 
 
@@ -74,3 +90,13 @@ class EventColumns:
             f.name: None if (c := getattr(self, f.name)) is None else c[index] for f in fields(self)
         }
         return EventColumns(**taken)
+
+    @staticmethod
+    def join(parts: Sequence[EventColumns], first_rows: Sequence[int]) -> EventColumns:
+        """Several batches behind each other; `first_rows` is where each one's users begin in the joint record array."""
+        joined: dict[str, Any] = {}
+        for field in fields(EventColumns):
+            columns = [getattr(part, field.name) for part in parts]
+            joined[field.name] = None if columns[0] is None else np.concatenate(columns)
+        joined["user_row"] = np.concatenate([p.user_row + first for p, first in zip(parts, first_rows, strict=True)])
+        return EventColumns(**joined)

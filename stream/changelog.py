@@ -11,7 +11,7 @@ A transaction writes the records it touched as a few packed blocks, each one rec
         12     4  block number, ascending in a partition (0 for a barrier)
         16     4  records in the payload
         20     4  length of the field list
-        24     4  CRC32C of everything after the header
+        24     4  CRC32C of everything else
         28     -  the field list, JSON [[name, dtype, shape], ...]; empty for kinds without records
          -     -  the payload: records as they lie in memory, keys (u64), or the bytes of the group table
 
@@ -37,7 +37,9 @@ from stream.state import Records
 
 MAGIC = b"DLB1"
 FORMAT_VERSION = 1
-_HEADER = struct.Struct("<4sHBBIIIII")
+_HEADER = struct.Struct("<4sHBBIIII")
+_CHECKSUM = struct.Struct("<I")
+_HEAD_BYTES = _HEADER.size + _CHECKSUM.size
 
 
 class Kind(enum.IntEnum):
@@ -77,14 +79,14 @@ def encode(kind: Kind, partition: int, number: int, body: Records | bytes) -> by
     fields, count = b"", 0
     if isinstance(body, np.ndarray):
         fields, count, body = field_list(body.dtype), len(body), body.tobytes()
-    checksum = crc32c.crc32c(body, crc32c.crc32c(fields))
-    header = _HEADER.pack(MAGIC, FORMAT_VERSION, kind, 0, partition, number, count, len(fields), checksum)
-    return header + fields + body
+    head = _HEADER.pack(MAGIC, FORMAT_VERSION, kind, 0, partition, number, count, len(fields))
+    checksum = crc32c.crc32c(body, crc32c.crc32c(fields, crc32c.crc32c(head)))
+    return head + _CHECKSUM.pack(checksum) + fields + body
 
 
 def records_in_block(dtype: np.dtype[Any], bytes_max: int) -> int:
     """How many records of a layout fit into one block."""
-    return max(1, (bytes_max - _HEADER.size - len(field_list(dtype))) // dtype.itemsize)
+    return max(1, (bytes_max - _HEAD_BYTES - len(field_list(dtype))) // dtype.itemsize)
 
 
 def blocks_needed(count: int, dtype: np.dtype[Any], bytes_max: int) -> int:
@@ -108,19 +110,20 @@ def decode(value: bytes, where: str) -> Block:
     Raises:
         Corrupt: the bytes are not a block, fail their checksum, or come from a newer format.
     """
-    if len(value) < _HEADER.size or value[:4] != MAGIC:
+    if len(value) < _HEAD_BYTES or value[:4] != MAGIC:
         raise Corrupt(f"{where}: not a state block")
-    _, version, kind, _, partition, number, count, fields_length, checksum = _HEADER.unpack_from(value)
+    _, version, kind, _, partition, number, count, fields_length = _HEADER.unpack_from(value)
     if version > FORMAT_VERSION:
         raise Corrupt(
             f"{where}: state format {version} is newer than this program's {FORMAT_VERSION}; upgrade driftline"
         )
-    if crc32c.crc32c(value[_HEADER.size :]) != checksum:
+    (checksum,) = _CHECKSUM.unpack_from(value, _HEADER.size)
+    if crc32c.crc32c(value[_HEAD_BYTES:], crc32c.crc32c(value[: _HEADER.size])) != checksum:
         raise Corrupt(f"{where}: the state block fails its checksum; restore the topic or start with a new app.name")
-    body = memoryview(value)[_HEADER.size + fields_length :]
+    body = memoryview(value)[_HEAD_BYTES + fields_length :]
     if kind not in (Kind.USERS, Kind.TOMBSTONES):
         return Block(kind=Kind(kind), partition=partition, number=number, records=None, payload=bytes(body))
-    dtype = _dtype(value[_HEADER.size : _HEADER.size + fields_length])
+    dtype = _dtype(value[_HEAD_BYTES : _HEAD_BYTES + fields_length])
     if count * dtype.itemsize != len(body):
         raise Corrupt(f"{where}: the state block promises {count} records and holds {len(body)} bytes")
     records = np.frombuffer(body, dtype)

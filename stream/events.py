@@ -98,23 +98,45 @@ class Decoded:
     Attributes:
         columns: the events; `user_row` is filled by the pipeline.
         user_key_B: 64-bit keyed hash of the user id.
-        topics, offsets_B, users, interests, event_ids: per event; names as sent.
+        records: the input record of each event.
+        users, interests, event_ids: per event; names as sent.
         dead: refused records.
-        interest_names: names of all interests of the batch by key.
     """
 
     columns: EventColumns
-    user_key_B: np.ndarray
-    topics: list[str]
-    offsets_B: np.ndarray
+    user_key_B: np.ndarray[Any, Any]
+    records: list[Record]
     users: list[str]
     interests: list[str]
     event_ids: list[str | None]
-    dead: list[DeadLetter] = field(default_factory=list)
-    interest_names: dict[int, str] = field(default_factory=dict)
+    dead: list[tuple[Record, BadEvent]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.users)
+
+    @property
+    def interest_names(self) -> dict[int, str]:
+        """Names of the batch's interests by key."""
+        return dict(zip(self.columns.interest.tolist(), self.interests, strict=True))
+
+    def source(self, event: int) -> Source:
+        """Where an event was read."""
+        record = self.records[event]
+        return Source(topic=record.topic, partition=record.partition, offset=record.offset)
+
+    def keep(self, kept_B: np.ndarray[Any, Any]) -> Decoded:
+        """Only the events where `kept_B` is true."""
+        index = np.flatnonzero(kept_B)
+        rows = index.tolist()
+        return Decoded(
+            columns=self.columns.take(index),
+            user_key_B=self.user_key_B[index],
+            records=[self.records[i] for i in rows],
+            users=[self.users[i] for i in rows],
+            interests=[self.interests[i] for i in rows],
+            event_ids=[self.event_ids[i] for i in rows],
+            dead=self.dead,
+        )
 
 
 def user_hash(user: str, key: bytes) -> int:
@@ -152,12 +174,12 @@ class EventDecoder:
         good: list[Any] = []
         kept: list[Record] = []
         times_ms: list[int] = []
-        dead: list[DeadLetter] = []
+        dead: list[tuple[Record, BadEvent]] = []
         for record in records:
             try:
                 event, time_ms = self._read(record)
             except BadEvent as error:
-                dead.append(_refuse(record, error))
+                dead.append((record, error))
             else:
                 good.append(event)
                 kept.append(record)
@@ -219,7 +241,9 @@ class EventDecoder:
             raise BadEvent("invalid_time", f"event time {time!r} is out of range")
         return int(time_ms)
 
-    def _columns(self, good: list[Any], kept: list[Record], times_ms: list[int], dead: list[DeadLetter]) -> Decoded:
+    def _columns(
+        self, good: list[Any], kept: list[Record], times_ms: list[int], dead: list[tuple[Record, BadEvent]]
+    ) -> Decoded:
         count = len(good)
         users = [e.user for e in good]
         interests = [e.interest for e in good]
@@ -248,13 +272,11 @@ class EventDecoder:
         return Decoded(
             columns=columns,
             user_key_B=np.array(self._cached(users, self._user_keys, lambda u: user_hash(u, hash_key)), np.uint64),
-            topics=[r.topic for r in kept],
-            offsets_B=np.array([r.offset for r in kept], np.int64),
+            records=kept,
             users=users,
             interests=interests,
             event_ids=[None if e.event_id is None else str(e.event_id) for e in good],
             dead=dead,
-            interest_names=dict(zip(interest_B.tolist(), interests, strict=True)),
         )
 
     def _cached(self, names: Sequence[str | None], cache: dict[str, int], compute: Callable[[str], int]) -> list[int]:
@@ -277,14 +299,15 @@ def segment_code(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=2).digest(), "little") % 255 + 1
 
 
-def _numbers(values: list[float | None]) -> np.ndarray:
+def _numbers(values: list[float | None]) -> np.ndarray[Any, Any]:
     """float32 column; missing as NaN, and what float32 cannot hold (over 3.4e38) counts as missing."""
     column = np.array([np.nan if v is None else v for v in values], np.float64)
     column[np.abs(column) > np.finfo(np.float32).max] = np.nan
     return column.astype(np.float32)
 
 
-def _refuse(record: Record, error: BadEvent) -> DeadLetter:
+def refuse(record: Record, error: BadEvent) -> DeadLetter:
+    """The dead letter of a record."""
     return dead_letter(
         reason=error.reason,
         message=str(error),
