@@ -109,6 +109,7 @@ class LearnerLoop:
         self._failures = 0
         self._positions: dict[TopicPartition, int] = {}
         self._dirty = False
+        self._publishing = False
         self._producer: Producer = transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset=reset)
         self._feed = weights.WeightsFeed(transport.reader(), topics.weights, kinds=weights.KINDS)
@@ -142,15 +143,30 @@ class LearnerLoop:
             if self._dirty and self._clock() - self._last_publish_s >= self._pace.publish_interval_s:
                 self.publish()
             self._failures = 0
+        except Rebalanced as error:
+            self._abort()
+            self._start_over(error)
+            return True
         except Retryable as error:
             self._start_over(error)
             return True
         return busy or report.steps > 0
 
     def close(self) -> None:
+        """Leave the group. Idempotent."""
         self._consumer.close()
         self._producer.close()
         self._feed.close()
+
+    def _abort(self) -> None:
+        """Close the transaction that a rebalance made void, if one is open."""
+        if self._publishing:
+            self._publishing = False
+            try:
+                self._producer.abort()
+            except Retryable:  # its outcome does not matter: a new producer of the id aborts what is open
+                self._producer.close()
+                self._producer = self._transport.producer(transactional_id=self._id)
 
     def _read(self) -> bool:
         polled = self._consumer.poll(self._pace.poll_timeout_s, self._pace.batch_events_max)
@@ -184,6 +200,7 @@ class LearnerLoop:
         topic = self._topics.weights
         at(1)
         self._producer.begin()
+        self._publishing = True
         at(2)
         weights.send(self._producer, topic, "weights", version, payload)
         at(3)
@@ -195,6 +212,7 @@ class LearnerLoop:
         self._producer.send_offsets({tp: Position(o, metadata) for tp, o in self._positions.items()}, self._group)
         at(6)
         self._producer.commit()
+        self._publishing = False
         at(7)
         self._dirty = False
         self._last_publish_s = self._clock()
@@ -294,11 +312,17 @@ class LearnerLoop:
         if self._failures > self._pace.retries_max:
             raise error
         self._sleep(min(10.0, self._pace.backoff_s * 2 ** (self._failures - 1)))
-        self.close()
+        self._consumer.close()
+        self._feed.close()
         self._positions.clear()
         self._dirty = False
         self._snapshots.clear()
-        self._producer = self._transport.producer(transactional_id=self._id)
+        if not isinstance(error, Rebalanced):
+            # After a rebalance nothing is open. A new producer would fence the other learner that may have joined;
+            # the old one is told by its next call if it was fenced.
+            self._producer.close()
+            self._publishing = False
+            self._producer = self._transport.producer(transactional_id=self._id)
         self._consumer = self._transport.consumer(group=self._id, topics=self._topics.events, reset=self._reset)
         self._feed = weights.WeightsFeed(self._transport.reader(), self._topics.weights, kinds=weights.KINDS)
         self.model = self._load()
