@@ -21,6 +21,7 @@ from stream.mapping import ORDER_EPOCH_MS, Alternatives, TimeReader
 EMPTY = frozenset({"", "NULL", "null", "\\N", "NaN", "nan", "<NA>"})  # what databases and data frames write for nothing
 EXAMPLES_MAX = 5
 
+StreamRecord = tuple[bytes | None, bytes | None, int]  # key, value and event time in ms of a record to be sent
 Row = Any  # a list of strings (separated columns) or a dict (JSON lines)
 Getter = Callable[[Row], str]
 

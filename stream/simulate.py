@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stream.catalogue import GROUPS, REVIEWS, Catalogue, stock
+from stream.rows import StreamRecord
 from stream.shoppers import DAY_MS, KINDS, Shoppers, Visits, draw_shoppers, draw_visits
-from stream.spoiled import StreamRecord, oversize, spoil
+from stream.spoiled import oversize, spoil
 from stream.truth import NewInterest, PlantedShift, Season, StreamTruth, Truth
 from stream.walks import TYPES, Calendar, ShopEvents, walk, with_reviews
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-StreamRecord = tuple[bytes | None, bytes | None, int]  # key, value, event time in ms: what `Transport.append` takes
+from stream.rows import StreamRecord
+
 Spoil = Callable[[bytes, dict[str, Any]], tuple[bytes | None, bytes | None]]
 
 FAR_FUTURE_MS = 7_258_118_400_000  # 2200-01-01
