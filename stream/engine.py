@@ -81,9 +81,8 @@ class Engine(Protocol):
 
     @property
     def weights_version(self) -> int: ...
-    @property
-    def epoch_records(self) -> int:
-        """A batch must not cross a multiple of this many records of a partition."""
+    def next_cut(self, seen: int) -> int:
+        """A batch must not cross this many records of a partition, given how many it has seen: there an epoch ends."""
 
     def new_groups(self) -> Any: ...
     def groups_from_snapshot(self, payload: bytes) -> Any: ...

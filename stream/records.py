@@ -23,7 +23,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     offset: int
 
 
-class Candidate(msgspec.Struct, frozen=True, array_like=False):
+class Candidate(msgspec.Struct, frozen=True):
     """An interest with its probability, 0..1."""
 
     interest: str
@@ -63,6 +63,15 @@ class Contribution(msgspec.Struct, frozen=True):
     contribution: float
 
 
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """One event since the onset that speaks for the shift: its log-likelihood ratio, nats, and how many events ago."""
+
+    interest: str
+    time_ms: int
+    ratio: float
+    events_ago: int
+
+
 class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
     """Topic `alerts`, keyed by user: this user's interests have shifted, since when, and why we say so.
 
@@ -98,7 +107,7 @@ class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     gained: list[Contribution]
     lost: list[Contribution]
-    evidence: list[dict[str, object]] = []
+    evidence: list[Evidence] = []
     before: list[Candidate]
     after: list[Candidate]
     forecast: list[Candidate] = []
@@ -181,7 +190,7 @@ def encode(record: msgspec.Struct) -> bytes:
 def dead_letter(
     *, reason: str, message: str, source: Source, timestamp_ms: int, key: bytes | None, value: bytes | None
 ) -> DeadLetter:
-    """A dead letter for an input record; a large value is cut to its head, or the letter itself could not be written."""
+    """A dead letter for an input record; a large value is cut to its head, or the letter could not be written."""
     head = None if value is None else value[:DEAD_LETTER_BYTES_MAX]
     return DeadLetter(
         id=f"{source.topic}/{source.partition}/{source.offset}",

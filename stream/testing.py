@@ -53,7 +53,10 @@ class DigestEngine:
     weights_version = 0
 
     def __init__(self, epoch_records: int = 1_000) -> None:
-        self.epoch_records = epoch_records
+        self._epoch_records = epoch_records
+
+    def next_cut(self, seen: int) -> int:
+        return (seen // self._epoch_records + 1) * self._epoch_records
 
     def new_groups(self) -> CountingGroups:
         return CountingGroups()
@@ -115,7 +118,7 @@ class DigestEngine:
             )
         seen = state.seen + len(records)
         after = None
-        if seen % self.epoch_records == 0:
+        if seen == self.next_cut(state.seen):
             after = CountingGroups(state.groups.counts)
             after.counts.update(counts)
         return PartitionStep(

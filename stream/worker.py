@@ -206,21 +206,20 @@ class Worker:
 
     def _cut(self, inputs: Inputs) -> list[Inputs]:
         """Cut at the epochs of each partition: what crosses users changes only there."""
-        epoch = self._parts.engine.epoch_records
         cuts: list[Inputs] = []
         for partition in {tp.partition for tp in inputs}:
             seen = self.states[partition].seen
-            part, room = 0, epoch - seen % epoch
+            part, room = 0, self._parts.engine.next_cut(seen) - seen
             for tp in [tp for tp in inputs if tp.partition == partition]:
                 batch = inputs[tp]
                 while batch:
                     if len(cuts) <= part:
                         cuts.append({})
                     cuts[part][tp] = batch[:room]
-                    room -= len(cuts[part][tp])
-                    batch = batch[len(cuts[part][tp]) :]
+                    taken = len(cuts[part][tp])
+                    seen, room, batch = seen + taken, room - taken, batch[taken:]
                     if room == 0:
-                        part, room = part + 1, epoch
+                        part, room = part + 1, self._parts.engine.next_cut(seen) - seen
         return cuts
 
     # ------------------------------------------------------------------ processing

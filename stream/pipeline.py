@@ -1,0 +1,382 @@
+"""The way of an event, top to bottom. No I/O, no clock, nothing that is not in the batch, the state or the weights.
+
+    decode ──> [for each event of a user, in offset order]  detector ──> profile      one compiled walk, `advance`
+           ──> GRU over the whole batch                                               one packed pass
+           ──> score the forecasts made before the events (a share of users)
+           ──> forecast where one is due
+           ──> alerts with their reasons
+           ──> outputs, to be committed with the new records
+
+Everything that judges an event is computed from the record BEFORE it. What crosses users is frozen between epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from models.features import EventColumns, type_name
+from models.forecaster import Forecaster
+from models.profile import USER, Advanced, EmissionSettings, Snapshot, advance, emission_names
+from models.shift import GroupTable, Reason, ShiftSettings, reasons
+from stream import records as out
+from stream.engine import Output, PartitionState, PartitionStep
+from stream.errors import BadEvent
+from stream.events import Decoded, EventDecoder, EventSettings, refuse
+from stream.records import BatchMetrics
+from stream.state import Records
+from stream.transport import Record, TopicPartition
+
+_HASH_SHARE = 1 << 20
+_TYPES = 4  # event types named in a forecast
+Floats = npt.NDArray[np.float32]
+Ranks = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineSettings:
+    """The parts of the configuration that the pipeline needs."""
+
+    events: EventSettings
+    shift: ShiftSettings
+    emission: EmissionSettings
+    steps: int
+    top_k: int
+    quality_share: float
+    epoch_records: int
+    first_epoch_records: int = 256
+
+
+@dataclass(kw_only=True, slots=True)
+class _Part:
+    """One partition's share of a batch on its way through."""
+
+    partition: int
+    state: PartitionState
+    positions: dict[TopicPartition, int]
+    first_offset: int
+    read: int
+    decoded: Decoded
+    watermark_ms: int
+    late: int
+    new_users: int
+    records: Records
+    advanced: Advanced
+    first_event: int = 0  # where this part's events begin in the whole batch
+    first_user: int = 0
+
+
+class Pipeline:
+    """The Engine of a real worker: see the module's docstring."""
+
+    dtype = USER
+
+    def __init__(self, settings: PipelineSettings, decoder: EventDecoder, forecaster: Forecaster) -> None:
+        self._settings = settings
+        self._decoder = decoder
+        self.forecaster = forecaster
+
+    @property
+    def weights_version(self) -> int:
+        return self.forecaster.version
+
+    def next_cut(self, seen: int) -> int:
+        """Epochs double from a short first one, so that a new shop learns what is common early."""
+        cut = self._settings.first_epoch_records
+        while cut <= seen and cut < self._settings.epoch_records:
+            cut *= 2
+        every = self._settings.epoch_records
+        return cut if cut > seen else (seen // every + 1) * every
+
+    def new_groups(self) -> GroupTable:
+        return GroupTable(self._settings.shift)
+
+    def groups_from_snapshot(self, payload: bytes) -> GroupTable:
+        return GroupTable.from_snapshot(payload, self._settings.shift)
+
+    def apply_group_delta(self, groups: GroupTable, payload: bytes) -> None:
+        groups.apply_delta(payload)
+
+    # ------------------------------------------------------------------ the story
+
+    def process(
+        self, states: Mapping[int, PartitionState], inputs: Mapping[TopicPartition, Sequence[Record]]
+    ) -> list[PartitionStep]:
+        """One batch; the states are read, never written."""
+        parts = [self._walk(states[p], p, inputs) for p in sorted({tp.partition for tp in inputs})]
+        hidden_before_BH, hidden_after_BH = self._encode(parts)
+        steps = []
+        for part in parts:
+            span = slice(part.first_event, part.first_event + len(part.decoded))
+            metrics = self._score(part, hidden_before_BH[span])
+            outputs = self._forecasts(part, hidden_after_BH[span]) + self._alerts(part) + self._dead_letters(part)
+            steps.append(self._step(part, outputs, metrics))
+        return steps
+
+    def _walk(self, state: PartitionState, partition: int, inputs: Mapping[TopicPartition, Sequence[Record]]) -> _Part:
+        """Decode one partition's records and walk its events: detector, profile, ring, what is due."""
+        settings = self._settings
+        mine = {tp: records for tp, records in inputs.items() if tp.partition == partition}
+        decoded = self._decoder.decode([record for records in mine.values() for record in records])
+        decoded, watermark_ms, late = self._late(decoded, state.watermark_ms)
+        keys_U, user_row = np.unique(decoded.user_key_B, return_inverse=True)
+        decoded.columns.user_row = user_row.astype(np.int64)
+        records = state.arena.take(keys_U)
+        new_users = int((records["events"] == 0).sum())
+        score_B = (decoded.user_key_B % np.uint64(_HASH_SHARE)) < np.uint64(settings.quality_share * _HASH_SHARE)
+        advanced = advance(records, decoded.columns, state.groups, settings.shift, settings.emission, score_B)
+        return _Part(
+            partition=partition,
+            state=state,
+            positions={tp: batch[-1].offset + 1 for tp, batch in mine.items()},
+            first_offset=next(iter(mine.values()))[0].offset,
+            read=sum(map(len, mine.values())),
+            decoded=decoded,
+            watermark_ms=watermark_ms,
+            late=late,
+            new_users=new_users,
+            records=records,
+            advanced=advanced,
+        )
+
+    def _late(self, decoded: Decoded, watermark_ms: int) -> tuple[Decoded, int, int]:
+        """Apply the late policy; the events to use, the new watermark, and how many events were late.
+
+        An event is judged by the newest event time before it in its partition, never by a clock.
+        """
+        if not len(decoded):
+            return decoded, watermark_ms, 0
+        settings = self._settings.events
+        newest = np.maximum.accumulate(np.concatenate(([watermark_ms], decoded.columns.time_ms)))
+        late_B = decoded.columns.time_ms < newest[:-1] - int(settings.late_after_s * 1_000)
+        late = int(late_B.sum())
+        if late and settings.late != "update":
+            kept = decoded.keep(~late_B)
+            if settings.late == "dead-letter":
+                error = BadEvent("late", "over events.late_after_s behind the newest event of its partition")
+                kept.dead += [(decoded.records[b], error) for b in np.flatnonzero(late_B).tolist()]
+            decoded = kept
+        return decoded, int(newest[-1]), late
+
+    def _encode(self, parts: Sequence[_Part]) -> tuple[Floats, Floats]:
+        """The GRU over all partitions' events at once; writes the users' new hidden states into their records."""
+        users = events = 0
+        for part in parts:
+            part.first_user, part.first_event = users, events
+            users += len(part.records)
+            events += len(part.decoded)
+        joined = EventColumns.join([p.decoded.columns for p in parts], [p.first_user for p in parts])
+        before_BH, after_BH, new_UH = self.forecaster.encode(
+            joined,
+            np.concatenate([p.advanced.gap_s_B for p in parts]),
+            np.concatenate([p.advanced.aggregates_BA for p in parts]),
+            np.concatenate([p.records["hidden"] for p in parts]),
+        )
+        for part in parts:
+            part.records["hidden"] = new_UH[part.first_user : part.first_user + len(part.records)]
+            part.records["weights_version"] = self.forecaster.version
+        return before_BH, after_BH
+
+    def _score(self, part: _Part, before_BH: Floats) -> BatchMetrics:
+        """How good the forecasts were that these events meet, beside the recency rule's, for a share of users."""
+        snapshot, columns = part.advanced.before, part.decoded.columns
+        known_E = snapshot.events_E > 0  # nothing can be forecast for a user never seen
+        event_E = snapshot.event_E[known_E]
+        ours: Ranks = np.zeros(0, np.int64)
+        rule: Ranks = np.zeros(0, np.int64)
+        moves = np.zeros(0, np.bool_)
+        if len(event_E):
+            seen = snapshot.take(np.flatnonzero(known_E))
+            target_E1 = columns.interest[event_E].reshape(-1, 1)
+            ours = self.forecaster.rank(before_BH[event_E], seen, part.advanced.gap_s_B[event_E], target_E1)[:, 0]
+            rule = _recency_rank(seen, target_E1[:, 0])
+            moves = seen.ring_interest_ER[:, 0] != target_E1[:, 0]
+        return BatchMetrics(
+            partition=part.partition,
+            first_offset=part.first_offset,
+            next_offset=next(iter(part.positions.values())),
+            time_ms=part.watermark_ms,
+            weights_version=self.forecaster.version,
+            records=part.read,
+            events=len(part.decoded),
+            dead_letters=len(part.decoded.dead),
+            late=part.late,
+            forecasts=len(part.advanced.after),
+            alerts=len(part.advanced.alarmed),
+            new_users=part.new_users,
+            **_quality(ours, rule, moves),
+        )
+
+    def _forecasts(self, part: _Part, after_BH: Floats) -> list[Output]:
+        """The next n interests, for the events after which a forecast is due."""
+        snapshot, settings = part.advanced.after, self._settings
+        if not len(snapshot):
+            return []
+        forecast = self.forecaster.forecast(
+            after_BH[snapshot.event_E], snapshot, None, steps=settings.steps, top_k=settings.top_k
+        )
+        name = self._namer(part)
+        rows = zip(
+            snapshot.event_E.tolist(),
+            forecast.interest_ENK.tolist(),
+            np.round(forecast.probability_ENK.astype(np.float64), 5).tolist(),
+            forecast.type_probability_ET,
+            strict=True,
+        )
+        outputs = []
+        for b, interests_NK, shares_NK, types_T in rows:
+            record = out.Forecast(
+                id=_id(part, b),
+                user=part.decoded.users[b],
+                source=part.decoded.source(b),
+                time_ms=int(part.decoded.columns.time_ms[b]),
+                weights_version=self.forecaster.version,
+                reasons=emission_names(int(part.advanced.emit_B[b])),
+                steps=[
+                    out.ForecastStep(n, [out.Candidate(name(i), p) for i, p in zip(keys, shares, strict=True) if i])
+                    for n, (keys, shares) in enumerate(zip(interests_NK, shares_NK, strict=True), 1)
+                ],
+                next_types={type_name(t): round(float(types_T[t]), 4) for t in np.argsort(-types_T)[:_TYPES].tolist()},
+            )
+            outputs.append(_output("forecasts", part, b, record))
+        return outputs
+
+    def _alerts(self, part: _Part) -> list[Output]:
+        """Alarms, each with its reason."""
+        found = reasons(part.advanced, part.decoded.columns, part.state.groups, self._settings.shift)
+        name = self._namer(part)
+        return [_output("alerts", part, r.event, self._alert(part, r, name)) for r in found]
+
+    def _alert(self, part: _Part, reason: Reason, name: Callable[[int], str]) -> out.ShiftAlert:
+        b = reason.event
+        user = part.decoded.users[b]
+        return out.ShiftAlert(
+            id=_id(part, b),
+            user=user,
+            source=part.decoded.source(b),
+            shares={"user": 1.0, "segment": 0.0, "all": 0.0},
+            detected_at_ms=int(part.decoded.columns.time_ms[b]),
+            onset_ms=reason.onset_ms,
+            onset_events=reason.onset_events,
+            severity=round(reason.severity, 6),
+            confidence=round(reason.confidence, 3),
+            kind=reason.kind,
+            gained=[out.Contribution(name(i), c) for i, c in reason.gained],
+            lost=[out.Contribution(name(i), c) for i, c in reason.lost],
+            evidence=[
+                out.Evidence(interest=name(i), time_ms=t, ratio=round(z, 3), events_ago=ago)
+                for i, t, z, ago in reason.evidence
+            ],
+            before=[out.Candidate(name(i), round(p, 4)) for i, p in reason.before],
+            after=[out.Candidate(name(i), round(p, 4)) for i, p in reason.after],
+            threshold=round(reason.threshold, 3),
+            evidence_sum=round(reason.evidence_sum, 3),
+            weights_version=self.forecaster.version,
+            sentence=reason.sentence(name),
+            dedup_key=f"{user}/{reason.onset_ms}",
+        )
+
+    def _dead_letters(self, part: _Part) -> list[Output]:
+        return [
+            Output(
+                stream="dead_letters",
+                key=record.key,
+                value=out.encode(refuse(record, error)),
+                timestamp_ms=record.timestamp,
+            )
+            for record, error in part.decoded.dead
+        ]
+
+    def _step(self, part: _Part, outputs: list[Output], metrics: BatchMetrics) -> PartitionStep:
+        """Everything the batch does to the partition, and its sums as a record of their own."""
+        state = part.state
+        seen = state.seen + part.read
+        delta = state.groups.delta(part.decoded.columns, part.advanced, part.decoded.interest_names)
+        after = None
+        if seen == self.next_cut(state.seen):
+            after = self.groups_from_snapshot(state.groups.snapshot())
+            after.apply_delta(delta)
+            after = after.cut()
+        outputs.append(
+            Output(stream="metrics", key=None, value=out.encode(metrics), timestamp_ms=max(part.watermark_ms, 0))
+        )
+        return PartitionStep(
+            partition=part.partition,
+            positions=part.positions,
+            records=part.records,
+            seen=seen,
+            watermark_ms=part.watermark_ms,
+            outputs=outputs,
+            group_delta=b"" if after is not None else delta,
+            groups_after=after,
+            metrics=metrics,
+        )
+
+    def _namer(self, part: _Part) -> Callable[[int], str]:
+        """Names of interests: what the batch, the partition or the vocabulary knows; else the key in hexadecimal."""
+        here, partition, vocabulary = part.decoded.interest_names, part.state.groups.names, self.forecaster.name
+
+        def name(key: int) -> str:
+            if not key:
+                return "(others)"
+            return here.get(key) or partition.get(key) or vocabulary(key) or f"#{key:08x}"
+
+        return name
+
+
+def _id(part: _Part, event: int) -> str:
+    """Deterministic id of an output: where its input record lies."""
+    record = part.decoded.records[event]
+    return f"{record.topic}/{record.partition}/{record.offset}"
+
+
+def _output(stream: str, part: _Part, event: int, record: msgspec.Struct) -> Output:
+    """A record keyed by the event's user, with the event's time."""
+    return Output(
+        stream=stream,
+        key=part.decoded.users[event].encode(),
+        value=out.encode(record),
+        timestamp_ms=int(part.decoded.columns.time_ms[event]),
+    )
+
+
+def _recency_rank(snapshot: Snapshot, target_E: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    """Rank of each target by the recency rule over the ring, then the slow profile by weight; 0 = not among them."""
+    rank_E = np.zeros(len(target_E), np.int64)
+    order_EP = np.argsort(-snapshot.slow_share_EP, axis=1, kind="stable")
+    slow_EP = np.take_along_axis(snapshot.slow_interest_EP, order_EP, axis=1)
+    for e, target in enumerate(target_E.tolist()):
+        own = dict.fromkeys(i for i in snapshot.ring_interest_ER[e].tolist() + slow_EP[e].tolist() if i)
+        if target in own:
+            rank_E[e] = list(own).index(target) + 1
+    return rank_E
+
+
+def _quality(ours: Ranks, rule: Ranks, moves: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """Sums for BatchMetrics: ours and the rule's, over all scored events and over those that move on."""
+
+    def sums(ranks: Ranks) -> tuple[float, int]:
+        hit = ranks[ranks > 0]
+        return round(float((1.0 / hit).sum()), 6), int((hit <= 10).sum())
+
+    mrr, hits = sums(ours)
+    rule_mrr, rule_hits = sums(rule)
+    moves_mrr, moves_hits = sums(ours[moves])
+    rule_moves_mrr, rule_moves_hits = sums(rule[moves])
+    return {
+        "scored": len(ours),
+        "reciprocal_ranks": mrr,
+        "hits_10": hits,
+        "recency_reciprocal_ranks": rule_mrr,
+        "recency_hits_10": rule_hits,
+        "scored_moves": int(moves.sum()),
+        "reciprocal_ranks_moves": moves_mrr,
+        "hits_10_moves": moves_hits,
+        "recency_reciprocal_ranks_moves": rule_moves_mrr,
+        "recency_hits_10_moves": rule_moves_hits,
+    }
