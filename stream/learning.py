@@ -98,7 +98,7 @@ class LearnerLoop:
         restore: Callable[[bytes, int], LearnerModel],
         observer: LearnerObserver,
         clock: Callable[[], float],
-        sleep: Callable[[float], None],
+        sleep: Callable[[float], object],
         reset: str = "earliest",
         on_step: Callable[[int], None] = lambda step: None,
     ) -> None:

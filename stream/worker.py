@@ -87,7 +87,7 @@ class WorkerParts:
     settings: WorkerSettings
     block_bytes_max: int
     clock: Callable[[], float]
-    sleep: Callable[[float], None]
+    sleep: Callable[[float], object]
     nonce: Callable[[], bytes]
     reset: str = "earliest"
     on_step: OnStep = lambda step: None

@@ -1,0 +1,233 @@
+"""From the configuration to parts that run: a worker, a learner, the topics. Only cli.py chooses the log.
+
+The network is imported inside of the functions: a worker takes seconds to load it, `--help` must not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from stream.checkpoint import TopicNames
+from stream.config import Config, topic_names
+from stream.errors import ConfigError, Retryable
+from stream.events import EventDecoder
+from stream.transport import TopicSpec, Transport
+from stream.weights import WeightsFeed
+from stream.worker import Observer, Worker, WorkerParts
+
+if TYPE_CHECKING:
+    from stream.learning import LearnerLoop, LearnerObserver
+    from stream.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_CHECK_S = 0.5
+WEIGHTS_WAIT_S = 60.0
+OUTPUTS = ("forecasts", "alerts", "warnings", "dead_letters", "metrics")
+MESSAGE_BYTES_MIN = 1_048_588  # Kafka's default; a block or a chunk of weights must fit
+
+
+def names_of(config: Config) -> TopicNames:
+    """The application's topics by role."""
+    names = topic_names(config)
+    return TopicNames(
+        events=tuple(config.topics.events),
+        state=names["state"],
+        weights=names["weights"],
+        outputs={stream: names[stream] for stream in OUTPUTS},
+    )
+
+
+def topic_specs(config: Config) -> list[TopicSpec]:
+    """Every topic with the settings that it needs."""
+    topics, names = config.topics, topic_names(config)
+    retention_ms = "-1" if topics.retention_h < 0 else str(int(topics.retention_h * 3_600_000))
+    kept = {"cleanup.policy": "delete", "retention.ms": retention_ms}
+    block_bytes = max(MESSAGE_BYTES_MIN, config.state.block_bytes_max + 100_000)
+    internal = {
+        "cleanup.policy": "delete",
+        "retention.ms": "-1",
+        "retention.bytes": "-1",
+        "max.message.bytes": str(block_bytes),
+        "segment.bytes": str(topics.segment_bytes),
+    }
+    plain = [*topics.events, *(names[role] for role in (*OUTPUTS, "labels"))]
+    return [TopicSpec(name=name, partitions=topics.partitions, settings=kept) for name in plain] + [
+        TopicSpec(name=names[role], partitions=topics.partitions, settings=internal) for role in ("state", "weights")
+    ]
+
+
+def check_topics(transport: Transport, config: Config) -> None:
+    """Refuse to start on topics that would lose state or cannot be joined. Raises ConfigError for the first problem."""
+    problems = topic_problems(transport, config)
+    if problems:
+        raise ConfigError(problems[0])
+
+
+def topic_problems(transport: Transport, config: Config) -> list[str]:
+    """Everything that is wrong with the topics as they are, each with what to do."""
+    admin = transport.admin()
+    try:
+        found = admin.describe([spec.name for spec in topic_specs(config)])
+    finally:
+        admin.close()
+    problems = []
+    for wanted in topic_specs(config):
+        there = found.get(wanted.name)
+        if there is None:
+            problems.append(f"topic {wanted.name} is missing; `driftline topics create` makes it")
+            continue
+        if there.partitions != wanted.partitions:
+            problems.append(
+                f"topic {wanted.name} has {there.partitions} partitions, topics.partitions is {wanted.partitions}; all "
+                "topics of an application need the same number: set it to what the input topic has"
+            )
+        if wanted.settings["retention.ms"] == "-1":
+            problems += _internal_problems(wanted, there)
+    return problems
+
+
+def _internal_problems(wanted: TopicSpec, there: TopicSpec) -> list[str]:
+    """What is wrong with a topic that holds state."""
+    problems = []
+    for key in ("cleanup.policy", "retention.ms"):
+        value = there.settings.get(key, wanted.settings[key])
+        if value != wanted.settings[key]:
+            problems.append(
+                f"topic {wanted.name} has {key}={value} and would lose state; set {key}={wanted.settings[key]}"
+            )
+    room = int(there.settings.get("max.message.bytes", wanted.settings["max.message.bytes"]))
+    if room < int(wanted.settings["max.message.bytes"]):
+        problems.append(
+            f"topic {wanted.name} takes messages of {room} bytes at most; set max.message.bytes="
+            f"{wanted.settings['max.message.bytes']}, or lower state.block_bytes_max"
+        )
+    return problems
+
+
+def make_decoder(config: Config) -> EventDecoder:
+    """The decoder of worker and learner: both must see the same events and the same user keys."""
+    return EventDecoder(config.events, config.state.hash_key.reveal().encode()[:64])
+
+
+def make_pipeline(config: Config) -> Pipeline:
+    """The pipeline with version 0 of the weights, made from the seed."""
+    from models.forecaster import Forecaster
+    from stream.pipeline import Pipeline, PipelineSettings
+
+    settings = PipelineSettings(
+        events=config.events,
+        shift=config.shift,
+        emission=config.forecast.emission,
+        steps=config.forecast.steps,
+        top_k=config.forecast.top_k,
+        quality_share=config.worker.quality_share,
+        epoch_records=config.worker.epoch_events,
+    )
+    return Pipeline(settings, make_decoder(config), Forecaster.initial(config.network, config.app.seed))
+
+
+class WeightsSwap:
+    """Puts newer weights into the pipeline as they appear in the topic. See WeightsSource."""
+
+    def __init__(self, transport: Transport, topic: str, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+        self._feed = WeightsFeed(transport.reader(), topic)
+        self._topic = topic
+        self._pipeline = pipeline
+        self._clock = clock
+        self._next_check_s = clock()
+
+    def swap(self, at_least: int = 0) -> None:
+        """Between transactions only. Waits, bounded, while the log has not brought version `at_least` yet."""
+        if at_least <= self._pipeline.weights_version and self._clock() < self._next_check_s:
+            return
+        self._next_check_s = self._clock() + WEIGHTS_CHECK_S
+        self._load(0.0)
+        deadline_s = self._clock() + WEIGHTS_WAIT_S
+        while self._pipeline.weights_version < at_least:
+            if self._clock() > deadline_s:
+                raise Retryable(
+                    f"weights version {at_least} wrote this partition's state and is not in topic {self._topic}, "
+                    f"whose newest is {self._pipeline.weights_version}"
+                )
+            self._load(0.2)
+
+    def _load(self, timeout_s: float) -> None:
+        from models.forecaster import Forecaster
+        from models.snapshot import Weights
+
+        newest = self._feed.latest(timeout_s).get("weights")
+        if newest is not None and newest.version > self._pipeline.weights_version:
+            self._pipeline.forecaster = Forecaster.from_weights(Weights.from_bytes(newest.payload))
+            log.info("event=weights_swapped version=%d bytes=%d", newest.version, len(newest.payload))
+
+    def close(self) -> None:
+        self._feed.close()
+
+
+def make_worker(config: Config, transport: Transport, observer: Observer, *, reset: str = "earliest") -> Worker:
+    """A worker on an open log; its topics have been checked."""
+    pipeline = make_pipeline(config)
+    names = names_of(config)
+    return Worker(
+        WorkerParts(
+            transport=transport,
+            engine=pipeline,
+            weights=WeightsSwap(transport, names.weights, pipeline, time.monotonic),
+            observer=observer,
+            topics=names,
+            app=config.app.name,
+            partitions=config.topics.partitions,
+            settings=config.worker,
+            block_bytes_max=config.state.block_bytes_max,
+            clock=time.monotonic,
+            sleep=time.sleep,
+            nonce=lambda: os.urandom(16),
+            reset=reset,
+        )
+    )
+
+
+def make_learner(
+    config: Config, transport: Transport, observer: LearnerObserver, stop: threading.Event, *, reset: str = "earliest"
+) -> LearnerLoop:
+    """A learner on an open log; its topics have been checked."""
+    from models.learner import Learner
+    from stream.learning import LearnerLoop, LearnerPace
+
+    process = config.learner
+
+    def fresh() -> Any:
+        return Learner(config.network, config.learning, seed=config.app.seed, device=process.device)
+
+    def restored(payload: bytes, version: int) -> Any:
+        return Learner.restore(payload, config.network, config.learning, device=process.device)
+
+    return LearnerLoop(
+        transport=transport,
+        topics=names_of(config),
+        app=config.app.name,
+        pace=LearnerPace(
+            publish_interval_s=process.publish_interval_s,
+            steps_per_turn_max=process.steps_per_turn_max,
+            cpu_share=process.cpu_share,
+            rebuild_events=process.rebuild_events,
+            keep_versions=process.keep_versions,
+            batch_events_max=process.batch_events_max,
+            poll_timeout_s=config.worker.poll_timeout_s,
+            retries_max=config.worker.retries_max,
+            backoff_s=config.worker.backoff_s,
+        ),
+        decoder=make_decoder(config),
+        fresh=fresh,
+        restore=restored,
+        observer=observer,
+        clock=time.monotonic,
+        sleep=stop.wait,
+        reset=reset,
+    )
