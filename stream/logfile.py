@@ -228,8 +228,9 @@ class LogFile:
         (free,) = self.db.execute("PRAGMA freelist_count").fetchone()
         (pages,) = self.db.execute("PRAGMA page_count").fetchone()
         if free > pages_max // 4 and 4 * free > pages:
-            with self.write() as db:
-                db.execute(f"PRAGMA incremental_vacuum({pages_max})").fetchall()
+            with self.translated(), self._locked(self._lock_timeout_s):
+                # Not `execute`: this pragma frees a page a step and `execute` takes one step only.
+                self.db.executescript(f"PRAGMA incremental_vacuum({pages_max})")
 
     def close(self) -> None:
         """Close the connection; the last one to close writes the WAL back, so it takes the lock if it can."""

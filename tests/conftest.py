@@ -11,6 +11,12 @@ from hypothesis import HealthCheck, settings
 
 from stream.transport import Transport
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let one warning of the Kafka client pass: it reads its schemas by a deprecated call of the standard library."""
+    config.addinivalue_line("filterwarnings", "ignore:(read_text|open_text|contents) is deprecated:DeprecationWarning")
+
+
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")

@@ -1,0 +1,223 @@
+"""Apache Kafka for tests and benchmarks: one broker in KRaft mode from Maven's jars, without a container engine.
+
+    python tests/kafka_broker.py run            until Ctrl-C; prints host:port
+    python tests/kafka_broker.py start          in the background; prints host:port
+    python tests/kafka_broker.py stop           ends the one that `start` began
+
+Needs Java 17 or newer and, the first time, Maven; the jars stay in `.kafka/lib` of the repository. Each broker has free
+ports, a fresh data folder and limits on every wait, and is ended by its process id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".kafka"
+SOURCES = Path(__file__).resolve().parent / "kafka"
+MAVEN_TIMEOUT_S = 420
+FORMAT_TIMEOUT_S = 60
+READY_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 20
+START_ATTEMPTS = 3
+
+
+class BrokerUnavailable(Exception):
+    """No broker can be had on this machine; the message says what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Broker:
+    """A broker that was started here."""
+
+    bootstrap: str
+    pid: int
+    folder: Path
+
+
+def jars() -> Path:
+    """The folder with Kafka's jars; fetched by Maven the first time."""
+    lib = CACHE / "lib"
+    stamp = CACHE / "complete"
+    pom = SOURCES / "pom.xml"
+    if stamp.exists() and stamp.read_bytes() == pom.read_bytes():
+        return lib
+    if shutil.which("mvn") is None:
+        raise BrokerUnavailable("Maven is missing and the jars are not in .kafka/lib yet; install maven")
+    shutil.rmtree(lib, ignore_errors=True)
+    CACHE.mkdir(exist_ok=True)
+    command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={lib}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MAVEN_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise BrokerUnavailable(f"Maven did not fetch the jars within {MAVEN_TIMEOUT_S} s") from None
+    if done.returncode != 0:
+        raise BrokerUnavailable(f"Maven could not fetch the jars: {(done.stdout + done.stderr)[-800:]}")
+    stamp.write_bytes(pom.read_bytes())
+    return lib
+
+
+def java() -> str:
+    """The java command, 17 or newer."""
+    command = shutil.which("java")
+    if command is None:
+        raise BrokerUnavailable("Java is missing; install Java 17")
+    done = subprocess.run([command, "-version"], capture_output=True, text=True, timeout=30, check=False)
+    version = done.stderr.partition('"')[2].partition('"')[0]
+    if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < 17:
+        raise BrokerUnavailable(f"Kafka 4 needs Java 17 or newer, this is {version or 'unknown'}")
+    return command
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def start(folder: Path, heap: str = "-Xmx1g", extra: str = "") -> Broker:
+    """Start a broker with its data and log under `folder`; `extra` are more lines for its properties."""
+    command, lib = java(), jars()
+    problem = ""
+    for attempt in range(START_ATTEMPTS):  # another process may take a port between the look and the start
+        home = folder / f"broker-{attempt}"
+        home.mkdir(parents=True)
+        try:
+            return _start_once(command, lib, home, heap, extra)
+        except _DidNotStart as error:
+            problem = str(error)
+    raise BrokerUnavailable(f"Kafka did not start in {START_ATTEMPTS} attempts: {problem}")
+
+
+class _DidNotStart(Exception):
+    pass
+
+
+def _start_once(command: str, lib: Path, home: Path, heap: str, extra: str) -> Broker:
+    port, controller_port = free_ports(2)
+    text = (SOURCES / "server.properties").read_text()
+    for name, value in (("PORT", port), ("CONTROLLER_PORT", controller_port), ("DATA", home / "data")):
+        text = text.replace(f"@{name}@", str(value))
+    properties = home / "server.properties"
+    properties.write_text(f"{text}\n{extra}\n")
+    classpath = str(lib / "*")
+    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[:22]
+    prepare = [command, "-Xmx256m", "-cp", classpath, "kafka.tools.StorageTool", "format", "-t", cluster]
+    done = subprocess.run(
+        [*prepare, "-c", str(properties)], capture_output=True, text=True, timeout=FORMAT_TIMEOUT_S, check=False
+    )
+    if done.returncode != 0:
+        raise _DidNotStart((done.stdout + done.stderr)[-800:])
+    quiet = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
+    serve = [command, heap, "-XX:+UseG1GC", quiet, "-cp", classpath, "kafka.Kafka", str(properties)]
+    with (home / "broker.log").open("wb") as log:
+        process = subprocess.Popen(
+            serve, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, start_new_session=True
+        )
+    until_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < until_s:
+        if process.poll() is not None:
+            raise _DidNotStart((home / "broker.log").read_text(errors="replace")[-800:])
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return Broker(bootstrap=f"127.0.0.1:{port}", pid=process.pid, folder=home)
+        time.sleep(0.1)
+    stop(process.pid)
+    raise _DidNotStart(f"not ready within {READY_TIMEOUT_S} s")
+
+
+def stop(pid: int) -> None:
+    """End the broker with this process id; gently first."""
+    for kind, patience_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5)):
+        try:
+            os.kill(pid, kind)
+        except ProcessLookupError:
+            return
+        until_s = time.monotonic() + patience_s
+        while time.monotonic() < until_s:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running_broker(folder: Path, heap: str = "-Xmx1g", extra: str = "") -> Iterator[str]:
+    """host:port of a broker that lives as long as the block."""
+    broker = start(folder, heap, extra)
+    try:
+        yield broker.bootstrap
+    finally:
+        stop(broker.pid)
+
+
+def _is_broker(pid: int) -> bool:
+    """Whether the process is a broker of ours: a stale file must not end somebody else's process."""
+    with contextlib.suppress(OSError):
+        return b"kafka.Kafka" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def main() -> int:
+    """The command line; see the top of the file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("action", choices=["start", "stop", "run"])
+    parser.add_argument("--heap", default="-Xmx1g", help="JVM heap option (default -Xmx1g)")
+    arguments = parser.parse_args()
+    note = CACHE / "running"
+    try:
+        if arguments.action == "stop":
+            if not note.exists():
+                sys.stderr.write("no broker was started\n")
+                return 1
+            pid, _, folder = note.read_text().split(maxsplit=2)
+            if _is_broker(int(pid)):
+                stop(int(pid))
+            shutil.rmtree(folder.strip(), ignore_errors=True)
+            note.unlink()
+            return 0
+        if arguments.action == "start" and note.exists() and _is_broker(int(note.read_text().split()[0])):
+            sys.stdout.write(note.read_text().split()[1] + "\n")
+            return 0
+        folder = tempfile.mkdtemp(prefix="driftline-kafka-")
+        if arguments.action == "start":
+            broker = start(Path(folder), arguments.heap)
+            note.write_text(f"{broker.pid} {broker.bootstrap} {folder}\n")
+            sys.stdout.write(broker.bootstrap + "\n")
+            return 0
+        try:
+            with running_broker(Path(folder), arguments.heap) as bootstrap:
+                sys.stdout.write(bootstrap + "\n")
+                sys.stdout.flush()
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.pause()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return 0
+    except BrokerUnavailable as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
