@@ -1,53 +1,59 @@
-# Everything a person or the CI calls. A fresh machine needs python3 (3.11 or newer, with venv) and make.
-# A smaller torch: install the CPU build of torch into .venv by its own instructions first; `make setup` keeps it
-# if its version is the one in constraints.txt.
-
-PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
-	$(p) -c 'import sys, venv; sys.version_info >= (3, 11) and print(sys.executable)' 2>/dev/null)))
+# Driftline. `make help` lists the targets; CI runs these and nothing else.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+DEV_STAMP := $(VENV)/.complete-dev
+SOURCES := pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+export OMP_NUM_THREADS ?= 1
+export PYTHONDONTWRITEBYTECODE ?=
 
-.PHONY: help
-help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+.PHONY: help demo setup check test kafka bench docs clean
 
-$(VENV)/.runtime: constraints.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "driftline needs python3 >= 3.11 with the venv module; none was found (set PYTHON=...)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	@touch $@
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
-
-.PHONY: setup
-setup: $(VENV)/.runtime ## build the environment in .venv (about 2 minutes and 6 GB the first time)
-
-.PHONY: demo
-demo: setup ## a generated shop, forecasts, shift alerts and a report, in about 3 minutes
+demo: $(STAMP) ## build the environment, run a generated shop stream through worker and learner, write a report
 	$(BIN)/driftline demo
 
-.PHONY: check
-check: $(VENV)/.dev ## lint, format and types
+setup: $(DEV_STAMP) ## build the environment with what tests need (.venv)
+
+check: $(DEV_STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: test
-test: check ## all tests that this machine can run, on a real Kafka where Java 17 and Maven are there
-	$(BIN)/python -m pytest -m 'not slow'
+test: check ## environment, ruff, mypy and every test that this machine can run, real Kafka included
+	$(BIN)/python -m pytest -m "not slow" -ra
 
-.PHONY: kafka
-kafka: $(VENV)/.dev ## start a local Kafka broker for trying things out; Ctrl-C ends it
+kafka: $(DEV_STAMP) ## run a local Apache Kafka until Ctrl-C (needs Java 17 and, the first time, Maven)
 	$(BIN)/python tests/kafka_broker.py run
 
-.PHONY: bench
-bench: $(VENV)/.dev ## throughput beside its peers, on a broker that it starts
-	$(BIN)/python benchmarks/throughput.py
+bench: $(DEV_STAMP) ## the throughput benchmark beside its peers (minutes; builds their environments the first time)
+	$(BIN)/python benchmarks/throughput.py --json
 
-.PHONY: docs
-docs: $(VENV)/.dev ## write the generated files again: config.toml, configuration reference, JSON Schemas
-	$(BIN)/driftline config --template > config.toml
-	$(BIN)/driftline config --markdown > docs/configuration.md
-	$(BIN)/python -m stream.schemas docs/schemas
+docs: $(DEV_STAMP) ## write the generated pages: config.toml, docs/configuration.md, docs/schemas, docs/commands.md
+	$(BIN)/driftline config --write-docs .
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build ./*.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "driftline needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	@echo "installing; torch with its CUDA libraries takes about 5 GB (README.md says how to take the CPU build)"
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(DEV_STAMP): $(BIN)/python $(SOURCES)
+	@echo "installing; torch with its CUDA libraries takes about 5 GB (README.md says how to take the CPU build)"
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,compression]'
+	@touch $(STAMP) $@
