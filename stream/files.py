@@ -65,6 +65,7 @@ class SourceFacts:
         columns: names in the header, or 0, 1, 2, ...
         time_unit: s, ms, iso, order or a pattern.
         guessed: which of `separator` and `time_unit` were found out rather than given.
+        unseen: optional keys of JSON lines that no row has had so far; they may come later, or be a mistake.
     """
 
     name: str
@@ -72,6 +73,7 @@ class SourceFacts:
     columns: tuple[str, ...]
     time_unit: str
     guessed: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,7 +238,7 @@ def _prepare(opened: OpenedFile, mapping: Mapping, form: FileForm) -> EventSourc
     if "time" not in mapping.columns and form.time_unit != "order":
         raise ConfigError("--map: no column for time; add time=COL, or --time-unit order to take the order of the rows")
     counts = ReadCounts()
-    separator, guessed, hint = form.separator, [], ""
+    separator, guessed, hint, unseen = form.separator, [], "", tuple[str, ...]()
     start = opened.head.removeprefix(BYTE_ORDER_MARK).lstrip()[:2] if separator is None else b""
     if start in (b"[{", b"[\n", b"[\r"):
         raise ConfigError(f"{opened.name}: a JSON array; JSON lines are read: one object on each line")
@@ -245,6 +247,8 @@ def _prepare(opened: OpenedFile, mapping: Mapping, form: FileForm) -> EventSourc
         rows = json_rows(cast(IO[bytes], opened.stream), opened.name, counts)
         sample = list(islice(rows, SAMPLE_ROWS))
         names = json_names(sample)
+        unseen = mapping.unseen(names)
+        names += unseen
     else:
         encoding = "utf-8-sig" if form.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else form.encoding
         if separator is None:
@@ -267,5 +271,7 @@ def _prepare(opened: OpenedFile, mapping: Mapping, form: FileForm) -> EventSourc
         unit = guess_time_unit(reader.samples("time", sample), mapping.columns["time"])
         guessed.append("time_unit")
     reader.time_of = None if unit == "order" else time_reader(unit)
-    facts = SourceFacts(name=opened.name, separator=separator, columns=names, time_unit=unit, guessed=tuple(guessed))
+    facts = SourceFacts(
+        name=opened.name, separator=separator, columns=names, time_unit=unit, guessed=tuple(guessed), unseen=unseen
+    )
     return EventSource(opened, facts, chain(sample, rows), reader, form.sort)

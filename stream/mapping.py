@@ -38,6 +38,7 @@ TIME_MS_MAX = 4_102_444_800_000  # 2100-01-01
 ORDER_EPOCH_MS = 946_684_800_000  # 2000-01-01: where the order of rows starts as a time, one second a row
 TIME_UNITS = "s, ms, iso, a pattern such as %d/%m/%Y %H:%M, or order"
 GUESS_NUMERIC_SHARE = 0.9
+TYPO_LIKENESS = 0.75
 
 Alternatives = tuple[tuple[str, ...], ...]  # the first that is not empty; each a join of columns
 TimeReader = Callable[[str], int]
@@ -76,6 +77,17 @@ class Mapping:
         if "dwell" in columns and "dwell_ms" in columns:
             raise ConfigError("--map: dwell (seconds) and dwell_ms are the same field; keep one")
         return cls(columns=columns)
+
+    def unseen(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Optional columns that are not among `names` and no typo of one: keys that may turn up in later JSON lines."""
+        optional = [expression for name, expression in self.columns.items() if name not in ("user", "interest", "time")]
+        return tuple(
+            column
+            for column in optional
+            if column.isidentifier()
+            and column not in names
+            and not difflib.get_close_matches(column, names, n=1, cutoff=TYPO_LIKENESS)
+        )
 
     def resolve(self, names: Sequence[str], where: str, hint: str = "") -> dict[str, Alternatives]:
         """The columns of each field, checked against the columns that there are.

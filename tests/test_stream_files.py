@@ -162,6 +162,19 @@ def test_bad_json_lines_are_counted(write: Write) -> None:
     assert source.counts.bad.total() == 5 and source.counts.rows == 6 and source.counts.left_out == {"price": 1}
 
 
+def test_a_json_key_may_come_late_but_a_typo_is_an_error(write: Write) -> None:
+    """An optional key that the first lines lack is named, and used where it turns up; a near miss is refused."""
+    row = '{"u": "a", "c": "tea", "t": 1600000000000, "price": 2.5'
+    path = write("late.jsonl", f"{row}}}\n" * 1_500 + row + ', "stars": 5}\n')
+    source = open_events(path, Mapping.parse("user=u,interest=c,time=t,rating=stars"))
+    assert source.facts.unseen == ("stars",)
+    assert [e["rating"] for e in source if "rating" in e] == [5.0]
+    with pytest.raises(ConfigError, match="no column 'pirce'; did you mean 'price'"):
+        open_events(path, Mapping.parse("user=u,interest=c,time=t,price=pirce"))
+    with pytest.raises(ConfigError, match="no column 'category'"):
+        open_events(path, Mapping.parse("user=u,interest=category,time=t"))
+
+
 def test_unsorted_times_ask_for_sort_and_sort_is_stable(write: Write) -> None:
     """Times that run backwards are an error that names --sort; sorting keeps the file's order within equal times."""
     path = write("unsorted.csv", "u,i,t\na,x,1600000009\nb,1,1600000001\nc,2,1600000001\nd,3,1600000001\n")

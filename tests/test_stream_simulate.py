@@ -9,7 +9,9 @@ import pytest
 
 from stream.errors import ConfigError
 from stream.events import EventDecoder, EventSettings
-from stream.simulate import ShopSettings, ShopStream, simulate
+from stream.files import open_events
+from stream.mapping import Mapping
+from stream.simulate import ShopSettings, ShopStream, simulate, write_events
 from stream.transport import LogRecord
 from stream.truth import Truth, read_truth, write_truth
 from stream.workload import EVENT_BYTES, workload
@@ -151,6 +153,18 @@ def test_the_truth_survives_its_file(shop: ShopStream, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match="0 lines about the stream"):
         read_truth(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("name", ["shop.jsonl", "shop.jsonl.gz"])
+def test_a_written_stream_is_read_back_as_the_same_events(shop: ShopStream, tmp_path: Path, name: str) -> None:
+    """The good events go to a file and come back through the reader of files, one for one and in order."""
+    assert write_events(shop, tmp_path / name) == shop.truth.stream.events
+    fields = "user=user,interest=interest,time=time,item=item,type=type,price=price,dwell=dwell,rating=rating,text=text"
+    source = open_events(tmp_path / name, Mapping.parse(fields))
+    table = source.table()
+    assert table.time_ms.tolist() == shop.events.time_ms_E.tolist() and not source.counts.bad
+    assert table.interest.tolist() == [shop.catalogue.names[c] for c in shop.events.category_E.tolist()]
+    assert np.isfinite(table.price).all() and (table.rating > 0).sum() == (shop.events.stars_E > 0).sum()
 
 
 @pytest.mark.parametrize("users", [1, 7])
