@@ -1,7 +1,7 @@
 # Driftline. `make help` lists the targets; CI runs these and nothing else.
 .DEFAULT_GOAL := help
-SHELL := /bin/bash
-PYTHON ?= python3
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys, ensurepip, venv; sys.version_info >= (3, 11) and print(sys.executable)' 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -9,7 +9,6 @@ DEV_STAMP := $(VENV)/.complete-dev
 SOURCES := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export OMP_NUM_THREADS ?= 1
-export PYTHONDONTWRITEBYTECODE ?=
 
 .PHONY: help demo setup check test kafka bench docs clean
 
@@ -35,17 +34,19 @@ kafka: $(DEV_STAMP) ## run a local Apache Kafka until Ctrl-C (needs Java 17 and,
 bench: $(DEV_STAMP) ## the throughput benchmark beside its peers (minutes; builds their environments the first time)
 	$(BIN)/python benchmarks/throughput.py --json
 
-docs: $(DEV_STAMP) ## write the generated pages: config.toml, docs/configuration.md, docs/schemas, docs/commands.md
-	$(BIN)/driftline config --write-docs .
+docs: $(DEV_STAMP) ## write the generated pages again: config.toml, configuration, commands, JSON Schemas
+	$(BIN)/driftline config --template > .config.toml.new && mv .config.toml.new config.toml
+	$(BIN)/driftline config --markdown > docs/configuration.md
+	$(BIN)/driftline config --commands > docs/commands.md
+	$(BIN)/python -m stream.schemas docs/schemas
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build ./*.egg-info
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "driftline needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "'$(PYTHON)' has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "driftline needs Python 3.11 or newer with the venv module, and none was found:" \
+	  "python3 is $$(python3 --version 2>&1). On Debian and Ubuntu: apt-get install python3-venv." \
+	  "Elsewhere: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(BIN)/python $(SOURCES)
