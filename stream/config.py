@@ -85,6 +85,7 @@ class AppSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="debug, info, warning or error")
     ] = "info"
+    log_file: Annotated[str, Meta(description='file that the log is appended to; "" = standard error')] = ""
 
 
 class EmbeddedSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

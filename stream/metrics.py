@@ -1,13 +1,13 @@
 """What a process tells the outside world: Prometheus metrics, health and readiness, and its log of what happened.
 
 Beside the way of an event: worker and learner report here after each turn; nothing flows back. A registry is made by
-`metrics_registry` and passed on; importing this file registers nothing.
+`new_registry` and passed on; importing this file registers nothing.
 
     /metrics   Prometheus text; every name is in the tables below
     /healthz   200 while the loop shows signs of life, 503 once it has been silent for SILENT_MAX_S
     /readyz    200 once the process does its work: a worker owns partitions and restores none, a learner has read
 
-All names start with `driftline_`; docs/metrics.md is generated from the registry.
+All names start with `driftline_`, but for the process's own figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from stream.errors import ConfigError
@@ -43,6 +43,13 @@ _COUNTS = {
     "new_users": "Users seen for the first time",
 }
 _QUIET = frozenset({"restoring"})  # events that tell of progress, not of a change
+
+
+def new_registry() -> CollectorRegistry:
+    """An empty registry with the process's own figures (memory, CPU time, open files)."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
 
 
 class Health:

@@ -1,0 +1,571 @@
+"""The command line: the one place that assembles, names a log, prints and sets up logging.
+
+Stands around the way of an event. A command is a thin call of the module that does the work; that module is imported
+inside of the command, so that `--help` is fast. Every command takes --config, --set and --transport.
+
+Exit codes: 0 done; 1 an error of the program; 2 the configuration, the topics or the arguments cannot work; 3 fenced,
+another process has this slot now; 4 stored data cannot be trusted, or too many records are bad; 5 gave up after
+retries, e.g. on a broker that is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stream.errors import ConfigError, Corrupt, DriftlineError, Fenced, Retryable
+from stream.options import (
+    ConfigOption,
+    EncodingOption,
+    Given,
+    HeaderOption,
+    MapOption,
+    SepOption,
+    SetOption,
+    SortOption,
+    TransportOption,
+    UnitOption,
+    command,
+    transport_set,
+)  # fmt: skip
+from stream.process import child, log_to, logs_to_file, stop_on_signals
+
+if TYPE_CHECKING:
+    from stream.config import Config
+    from stream.replay import Clocks
+    from stream.transport import Transport
+
+EXIT_CODES: dict[type[DriftlineError], int] = {ConfigError: 2, Fenced: 3, Corrupt: 4, Retryable: 5, DriftlineError: 1}
+
+log = logging.getLogger("stream.cli")
+app = typer.Typer(
+    name="driftline",
+    help="Forecasts of users' next interests and alerts on interest shifts, learned as the events come.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+topics_app = typer.Typer(no_args_is_help=True, help="Make and list the topics of the application.")
+app.add_typer(topics_app, name="topics")
+
+
+@app.callback()
+def _globals(
+    ctx: typer.Context, config: ConfigOption = None, sets: SetOption = None, transport: TransportOption = None
+) -> None:
+    ctx.obj = Given(config=config, sets=(*transport_set(transport), *(sets or ())))
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+@command(app)
+def run(
+    given: Given,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes, slots 0, 1, ...")] = 1,
+    learner: Annotated[bool, typer.Option(help="Start a learner too.")] = True,
+    reset: Annotated[str, typer.Option(metavar="earliest|latest", help="Where a new application begins.")] = "earliest",
+) -> None:
+    """Start workers and a learner, each a process of its own, and keep them alive until Ctrl-C.
+
+    Example: driftline run --transport kafka --set kafka.bootstrap_servers=127.0.0.1:9092
+    """
+    from stream.supervise import supervise
+
+    config = given.load().config
+    log_to(config.app, "run")
+    with _opened(config) as transport:
+        _prepare_topics(transport, config)
+    children = [
+        child(given, "worker", f"worker {slot}", "--slot", str(slot), "--reset", reset) for slot in range(workers)
+    ]
+    if learner:
+        children.append(child(given, "learner", "learner", "--reset", reset))
+    code = supervise(children, stop_on_signals(), stop_s=config.worker.shutdown_s + 5)
+    raise typer.Exit(code if code >= 0 else 1)
+
+
+@command(app)
+def worker(
+    given: Given,
+    slot: Annotated[str | None, typer.Option(help="This worker's own name; worker.slot.")] = None,
+    reset: Annotated[str, typer.Option(metavar="earliest|latest", help="Where a new application begins.")] = "earliest",
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """One worker: events in; forecasts, alerts and states out.
+
+    Example: driftline worker --slot 1 --set worker.metrics_port=9100
+    """
+    from stream.assembly import make_worker
+    from stream.metrics import Exposition, Health, WorkerMetrics, new_registry
+
+    config = given.load(*([] if slot is None else [f"worker.slot={slot}"])).config
+    log_to(config.app, f"worker.{config.worker.slot}")
+    stop = stop_on_signals(config.worker.shutdown_s, parent)
+    registry, health = new_registry(), Health()
+    with _opened(config) as transport:
+        _prepare_topics(transport, config)
+        made = make_worker(config, transport, WorkerMetrics(registry, health), reset=_reset(reset))
+        server = None
+        try:
+            if config.worker.metrics_port:
+                server = Exposition(registry, health, config.worker.metrics_host, config.worker.metrics_port)
+            made.run(stop)
+        finally:
+            if server is not None:
+                server.close()
+
+
+@command(app)
+def learner(
+    given: Given,
+    reset: Annotated[str, typer.Option(metavar="earliest|latest", help="Where a new application begins.")] = "earliest",
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """The learner: events in, weights out. On a GPU where there is one.
+
+    Example: driftline learner --set learner.device=cuda:0
+    """
+    from stream.assembly import make_learner
+    from stream.metrics import Exposition, Health, LearnerMetrics, new_registry
+
+    config = given.load().config
+    log_to(config.app, "learner")
+    stop = stop_on_signals(config.worker.shutdown_s, parent)
+    registry, health = new_registry(), Health()
+    with _opened(config) as transport:
+        _prepare_topics(transport, config)
+        made = make_learner(config, transport, LearnerMetrics(registry, health), stop, reset=_reset(reset))
+        server = None
+        try:
+            if config.learner.metrics_port:
+                server = Exposition(registry, health, config.learner.metrics_host, config.learner.metrics_port)
+            made.run(stop)
+        finally:
+            if server is not None:
+                server.close()
+
+
+@command(app)
+def demo(
+    given: Given,
+    users: Annotated[int, typer.Option(min=50, help="Shoppers.")] = 3_000,
+    events: Annotated[int, typer.Option(min=1_000, help="Events, about.")] = 240_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated stream.")] = 1,
+    rate: Annotated[float, typer.Option(help="Events a second; 0 = as fast as they are handled.")] = 2_200.0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the log and the report; an older demo there is replaced.")
+    ] = Path("var/demo"),
+) -> None:
+    """A generated shop stream through a real worker and learner, judged against what was planted in it.
+
+    Example: driftline demo --events 60000 --users 1000
+    """
+    from rich.console import Console
+
+    from stream.demo_run import run_demo
+    from stream.simulate import ShopSettings, simulate
+    from stream.terminal import demo_progress, print_summary, say
+
+    out.mkdir(parents=True, exist_ok=True)
+    for old in [*out.glob("log.db*"), *out.glob("*.log")]:
+        old.unlink()
+    demo_given = replace(
+        given, sets=("worker.quality_share=1.0", *given.sets, "transport=embedded", f"embedded.path={out / 'log.db'}",
+                     "topics.retention_h=-1"),
+    )  # fmt: skip
+    config = demo_given.load(f"app.log_file={out / 'demo.log'}").config
+    log_to(config.app, "demo")
+    console = Console()
+    say(console, f"generating about {events:,} events of {users:,} shoppers (seed {seed}) ...")
+    stream = simulate(ShopSettings(users=users, events=events, seed=seed))
+    children = [
+        child(demo_given, name, name, "--set", f"app.log_file={out / name}.log") for name in ("worker", "learner")
+    ]
+    report = out / "report.html"
+    with _opened(config) as transport, demo_progress(console) as show:
+        judged = run_demo(
+            transport,
+            config,
+            stream,
+            children,
+            rate_per_s=rate or None,
+            environment={"OMP_NUM_THREADS": "1", **os.environ},
+            report=report,
+            on_progress=show,
+        )
+    print_summary(console, judged)
+    say(console, f"report: {report}")
+
+
+# ---------------------------------------------------------------------------------------------------- events in
+
+
+@command(app)
+def simulate(
+    given: Given,
+    users: Annotated[int, typer.Option(min=1, help="Shoppers.")] = 3_000,
+    events: Annotated[int, typer.Option(min=1, help="Events, about.")] = 240_000,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    rate: Annotated[float | None, typer.Option(help="Records a second.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Seconds of event time in a second.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here (.gz too) instead of into the topic.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Write what was planted here, as JSON lines.")] = None,
+) -> None:
+    """Send a generated shop stream with planted interest shifts into the events topic, or write it to a file.
+
+    Example: driftline simulate --users 500 --events 40000 --out shop.jsonl.gz --truth truth.jsonl
+    """
+    from rich.console import Console
+
+    from stream.replay import Pace
+    from stream.replay import replay as send
+    from stream.simulate import ShopSettings, write_events
+    from stream.simulate import simulate as generate
+    from stream.terminal import send_progress
+    from stream.truth import write_truth
+
+    config = given.load().config
+    log_to(config.app, "simulate")
+    stream = generate(ShopSettings(users=users, events=events, seed=seed))
+    if truth is not None:
+        write_truth(truth, stream.truth)
+    if out is not None:
+        print(f"{out}: {write_events(stream, out):,} events")
+        return
+    with _opened(config) as transport, send_progress(Console(stderr=True)) as show:
+        _prepare_topics(transport, config)
+        report = send(
+            stream.records(),
+            transport,
+            topic=config.topics.events[0],
+            partitions=config.topics.partitions,
+            clocks=_clocks(),
+            pace=Pace(speed=speed, rate_per_s=rate),
+            total=len(stream),
+            on_progress=show,
+        )
+    print(f"{config.topics.events[0]}: {report.records:,} records in {report.elapsed_s:.1f} s")
+
+
+@command(app)
+def replay(
+    given: Given,
+    file: Annotated[str, typer.Argument(help="CSV, TSV or JSON lines, also .gz and .zip; - for standard input.")],
+    columns: MapOption,
+    header: HeaderOption = True,
+    separator: SepOption = None,
+    time_unit: UnitOption = None,
+    sort: SortOption = False,
+    encoding: EncodingOption = "utf-8",
+    speed: Annotated[float | None, typer.Option(help="Seconds of event time in a second; 3600 = an hour.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Records a second.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a replay that was cut off.")] = False,
+    topic: Annotated[str | None, typer.Option(help="Into this input topic; the first of topics.events.")] = None,
+) -> None:
+    """Send a file of events into the events topic, at a pace.
+
+    Example: driftline replay events.csv.gz --map user=uid,interest=category,time=ts,type=action --speed 3600
+    """
+    from rich.console import Console
+
+    from stream.replay import Pace, stored, to_records
+    from stream.replay import replay as send
+    from stream.terminal import file_form, open_source, say_counts, send_progress
+
+    config = given.load().config
+    console = Console(stderr=True)
+    log_to(config.app, "replay")
+    target = topic or config.topics.events[0]
+    if target not in config.topics.events:
+        raise ConfigError(f"--topic {target}: topics.events is {config.topics.events}; replay into one of them")
+    source = open_source(console, file, columns, file_form(header, separator, time_unit, sort, encoding))
+    with source, _opened(config) as transport, send_progress(console) as show:
+        _prepare_topics(transport, config)
+        kept = None
+        if resume:
+            reader = transport.reader()
+            kept = stored(reader, target, config.topics.partitions)
+            reader.close()
+        report = send(
+            to_records(source),
+            transport,
+            topic=target,
+            partitions=config.topics.partitions,
+            clocks=_clocks(),
+            pace=Pace(speed=speed, rate_per_s=rate),
+            limit=limit,
+            resume=kept,
+            fraction=source.fraction,
+            on_progress=show,
+        )
+    say_counts(console, source)
+    passed = sum(report.passed_over.values())
+    print(
+        f"{target}: {report.records:,} records in {report.elapsed_s:.1f} s"
+        + (f" after {passed:,} that were there" if passed else "")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- what comes out
+
+
+@command(app)
+def tail(
+    given: Given,
+    topic: Annotated[
+        str, typer.Argument(help="events, forecasts, alerts, dead-letters, metrics, state, ... or its name.")
+    ],
+    start: Annotated[str, typer.Option("--from", metavar="start|end|N", help="N newest of each partition.")] = "end",
+    limit: Annotated[int | None, typer.Option(min=1, help="End after so many records.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Values as they are, one a line.")] = False,
+    follow: Annotated[bool, typer.Option(help="Wait for new records.")] = True,
+    user: Annotated[str | None, typer.Option(help="Only records with this key.")] = None,
+) -> None:
+    """Print the records of a topic as they come.
+
+    Example: driftline tail alerts --from start --no-follow
+    """
+    from stream.tail import as_json, in_words, topic_of
+    from stream.tail import follow as follow_records
+
+    config = given.load().config
+    log_to(config.app, "tail")
+    role, name = topic_of(config, topic)
+    stop = stop_on_signals()
+    shown = 0
+    with _opened(config) as transport:
+        partitions = _partitions_of(transport, name)
+        for record in follow_records(transport, name, partitions, start=start, follow=follow, stopped=stop.is_set):
+            if user is not None and record.key != user.encode():
+                continue
+            print(as_json(record) if json_lines else in_words(role, record), flush=True)
+            shown += 1
+            if limit is not None and shown >= limit:
+                break
+
+
+@command(app)
+def user(
+    given: Given,
+    user_id: Annotated[str, typer.Argument(metavar="ID", help="The user id, as it stands in the events.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What is known of one user: recent and usual interests, evidence of a shift, newest forecast, alerts.
+
+    Example: driftline user u000017
+    """
+    import msgspec
+
+    from stream.assembly import make_decoder
+    from stream.portrait import in_lines, portrait
+    from stream.tail import printable
+
+    config = given.load().config
+    log_to(config.app, "user")
+    with _opened(config) as transport:
+        told = portrait(transport, config, make_decoder(config), user_id)
+    if as_json:
+        print(msgspec.json.encode(told).decode())
+        return
+    for line in in_lines(told):
+        print(printable(line))
+
+
+# ---------------------------------------------------------------------------------------------------- around it
+
+
+@command(topics_app, "create")
+def topics_create(given: Given) -> None:
+    """Make the topics that are missing, with the settings that they need.
+
+    Example: driftline topics create --transport kafka --set topics.partitions=8
+    """
+    from stream.assembly import check_topics, topic_specs
+
+    config = given.load().config
+    log_to(config.app, "topics")
+    with _opened(config) as transport:
+        admin = transport.admin()
+        try:
+            created = admin.create(topic_specs(config))
+        finally:
+            admin.close()
+        for name in created:
+            print(f"{name}: created, {config.topics.partitions} partitions")
+        print(f"{len(topic_specs(config)) - len(created)} were there before")
+        check_topics(transport, config)
+
+
+@command(topics_app, "list")
+def topics_list(given: Given) -> None:
+    """The application's topics: partitions, records, and what is wrong with them.
+
+    Example: driftline topics list
+    """
+    from stream.assembly import topic_problems, topic_specs
+    from stream.transport import TopicPartition
+
+    config = given.load().config
+    log_to(config.app, "topics")
+    with _opened(config) as transport:
+        admin, reader = transport.admin(), transport.reader()
+        try:
+            for name, there in admin.describe([spec.name for spec in topic_specs(config)]).items():
+                if there is None:
+                    print(f"{name}: missing")
+                    continue
+                bounds = [reader.bounds(TopicPartition(name, p)) for p in range(there.partitions)]
+                records = sum(end - first for first, end in bounds)
+                print(f"{name}: {there.partitions} partitions, {records:,} offsets in use")
+        finally:
+            reader.close()
+            admin.close()
+        problems = topic_problems(transport, config)
+    for problem in problems:
+        print(f"! {problem}")
+    if problems:
+        raise typer.Exit(2)
+
+
+@command(app, "config")
+def config_(
+    given: Given,
+    template: Annotated[bool, typer.Option("--template", help="A commented config.toml with every default.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The reference as Markdown.")] = False,
+    commands: Annotated[bool, typer.Option("--commands", help="The reference of the commands as Markdown.")] = False,
+) -> None:
+    """The settings in force and where each comes from. Secrets are never shown.
+
+    Example: driftline config --set worker.slot=1
+    """
+    from stream import reference
+    from stream.config import values
+
+    if template:
+        print(reference.template(), end="")
+    elif markdown:
+        print(reference.markdown(), end="")
+    elif commands:
+        print(reference.commands(typer.main.get_command(app)), end="")
+    else:
+        loaded = given.load()
+        rows = [(f"{key} = {reference.shown(key, value)}", loaded.origins[key]) for key, value in values(loaded.config)]
+        width = min(60, max(len(setting) for setting, _ in rows))
+        for setting, origin in rows:
+            print(f"{setting:{width}}  # {origin}")
+
+
+@command(app)
+def doctor(given: Given) -> None:
+    """Look at everything that a run needs (python, packages, log, topics, input, clock, disk, GPU) and say what to do.
+
+    Example: driftline doctor --transport kafka
+    """
+    from stream.assembly import make_decoder
+    from stream.doctor import examine
+
+    config = given.load().config
+    log_to(config.app, "doctor")
+    failed = 0
+    for finding in examine(config, lambda: _transport(config), lambda: make_decoder(config)):
+        failed += finding.status == "fail"
+        advice = f"\n      -> {finding.advice}" if finding.advice and finding.status != "ok" else ""
+        print(f"{finding.status:4}  {finding.subject}: {finding.found}{advice}", flush=True)
+    if failed:
+        raise ConfigError(f"{failed} of these would stop a run")
+
+
+# ---------------------------------------------------------------------------------------------------- assembling
+
+
+def _transport(config: Config) -> Transport:
+    """The log that the configuration names, opened."""
+    if config.transport == "kafka":
+        from stream.kafka import KafkaLog
+
+        return KafkaLog(config.kafka, transaction_timeout_s=config.worker.transaction_timeout_s)
+    from stream.embedded import EmbeddedLog
+
+    embedded = config.embedded
+    return EmbeddedLog(Path(embedded.path), lease_s=embedded.lease_s, lock_timeout_s=embedded.lock_timeout_s)
+
+
+@contextmanager
+def _opened(config: Config) -> Iterator[Transport]:
+    transport = _transport(config)
+    try:
+        yield transport
+    finally:
+        transport.close()
+
+
+def _prepare_topics(transport: Transport, config: Config) -> None:
+    """Check the topics; on the embedded log, which is this application's own, missing ones are made."""
+    from stream.assembly import check_topics, topic_specs
+
+    if config.transport == "embedded":
+        admin = transport.admin()
+        try:
+            admin.create(topic_specs(config))
+        finally:
+            admin.close()
+    check_topics(transport, config)
+
+
+def _partitions_of(transport: Transport, topic: str) -> int:
+    admin = transport.admin()
+    try:
+        there = admin.describe([topic])[topic]
+    finally:
+        admin.close()
+    if there is None:
+        raise ConfigError(f"topic {topic} is missing; `driftline topics create` makes it")
+    return there.partitions
+
+
+def _reset(name: str) -> str:
+    if name not in ("earliest", "latest"):
+        raise ConfigError(f"--reset {name}: say earliest or latest")
+    return name
+
+
+def _clocks() -> Clocks:
+    from stream.replay import Clocks
+
+    return Clocks(now_s=time.monotonic, wall_ms=lambda: int(time.time() * 1_000), sleep=time.sleep)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: errors of ours become one line and an exit code."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="driftline")
+    except DriftlineError as error:
+        log.debug("event=failed", exc_info=error)
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        print(f"driftline: {error}", file=sys.stderr)
+        if logs_to_file():
+            log.error("event=failed code=%d error=%r", code, str(error))
+        sys.exit(code)
+    except Exception:
+        if logs_to_file():
+            log.exception("event=crashed")
+        raise
+    except BrokenPipeError:  # `driftline tail | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

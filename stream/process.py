@@ -1,0 +1,78 @@
+"""What a process of ours needs around its loop: signals, a parent to end with, logging, children.
+
+Stands around the way of an event; only cli.py calls it, and nothing here happens on import.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stream.options import Given
+from stream.supervise import Child
+
+if TYPE_CHECKING:
+    from stream.config import AppSettings
+
+FINAL_CODES = frozenset({2, 3, 4})  # exits that a restart cannot mend: configuration, fenced, stored data
+PARENT_LOOK_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+def child(given: Given, name: str, shown: str, *arguments: str) -> Child:
+    """A command of ours as a process of its own, which ends when we do."""
+    line = [sys.executable, "-m", "stream.cli", name, *given.arguments(), *arguments, "--parent", str(os.getpid())]
+    return Child(name=shown, command=line, final_codes=FINAL_CODES)
+
+
+def stop_on_signals(deadline_s: float | None = None, parent: int | None = None) -> threading.Event:
+    """An event that SIGTERM, Ctrl-C or the end of the parent sets; after the deadline the process ends anyway."""
+    stop = threading.Event()
+
+    def asked(number: int, _frame: object) -> None:
+        log.info("event=stopping signal=%s", signal.Signals(number).name)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, asked)
+    signal.signal(signal.SIGINT, asked)
+
+    def watch() -> None:
+        while not stop.wait(PARENT_LOOK_S):
+            if parent is not None and os.getppid() != parent:
+                log.warning("event=stopping why=parent_gone")
+                stop.set()
+        if deadline_s is not None:
+            time.sleep(deadline_s)
+            log.error("event=stopped_hard after_s=%.0f", deadline_s)
+            os._exit(1)
+
+    if deadline_s is not None or parent is not None:
+        threading.Thread(target=watch, name="stop", daemon=True).start()
+    return stop
+
+
+def log_to(app: AppSettings, role: str) -> None:
+    """Logging: one line an event, key=value; to standard error, or to app.log_file."""
+    handler: logging.Handler = logging.StreamHandler()
+    if app.log_file:
+        path = Path(app.log_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {role} %(name)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(app.log_level.upper())
+    for noisy in ("kafka", "numba"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def logs_to_file() -> bool:
+    """Whether errors would be missed by somebody who reads the log."""
+    return any(isinstance(handler, logging.FileHandler) for handler in logging.getLogger().handlers)

@@ -1,0 +1,180 @@
+"""`driftline tail`: records of a topic as they come, in words or as they are.
+
+At the end of the way of an event, beside it: reads committed records only and belongs to no group, so that nobody is
+disturbed by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+import msgspec
+
+from stream import changelog
+from stream.config import Config, topic_names
+from stream.errors import ConfigError, Corrupt
+from stream.records import BatchMetrics, DeadLetter, Forecast, ShiftAlert
+from stream.transport import LogReader, Record, TopicPartition, Transport
+
+READ_RECORDS = 500
+WAIT_S = 0.1  # for one partition; the others wait that long
+TEXT_CHARS_MAX = 2_000
+LAST_MAX = 1_000_000
+
+
+def topic_of(config: Config, name: str) -> tuple[str, str]:
+    """(role, full name) of a topic that is named by its role (`alerts`, `dead-letters`) or by its full name.
+
+    Raises:
+        ConfigError: the application has no such topic.
+    """
+    names = topic_names(config)
+    role = name.replace("-", "_")
+    if role in names:
+        return role, names[role]
+    for known, full in names.items():
+        if full == name:
+            return known, full
+    if name in config.topics.events:
+        return "events", name
+    if name == "events":
+        return "events", config.topics.events[0]
+    raise ConfigError(f"no topic {name!r}; there are events, {', '.join(r.replace('_', '-') for r in names)}")
+
+
+def start_offset(start: str, first: int, end: int) -> int:
+    """Where to begin in a partition: `start`, `end`, or the given number of newest records."""
+    if start == "start":
+        return first
+    if start == "end":
+        return end
+    if start.isdigit() and int(start) <= LAST_MAX:
+        return max(first, end - int(start))
+    raise ConfigError(f"--from {start}: say start, end, or how many of each partition's newest records, e.g. --from 10")
+
+
+def follow(
+    transport: Transport, topic: str, partitions: int, *, start: str, follow: bool, stopped: Callable[[], bool]
+) -> Iterator[Record]:
+    """Records of all partitions, each partition in order; without `follow` up to the present end.
+
+    Args:
+        start: see `start_offset`.
+        stopped: asked between reads.
+    """
+    tps = [TopicPartition(topic, p) for p in range(partitions)]
+    readers: dict[TopicPartition, LogReader] = {}
+    try:
+        offsets: dict[TopicPartition, int] = {}
+        ends: dict[TopicPartition, int] = {}
+        for tp in tps:
+            readers[tp] = transport.reader()  # one each, so that a client keeps what it has fetched ahead
+            first, ends[tp] = readers[tp].bounds(tp)
+            offsets[tp] = start_offset(start, first, ends[tp])
+        open_tps = [tp for tp in tps if follow or offsets[tp] < ends[tp]]
+        while open_tps and not stopped():
+            for tp in list(open_tps):
+                # A bounded read waits long enough for the first fetch; then nothing more means the end is a marker.
+                records = readers[tp].read(tp, offsets[tp], WAIT_S if follow else 2.0, READ_RECORDS)
+                for record in records:
+                    if follow or record.offset < ends[tp]:
+                        yield record
+                if records:
+                    offsets[tp] = records[-1].offset + 1
+                if not follow and (not records or offsets[tp] >= ends[tp]):
+                    open_tps.remove(tp)
+    finally:
+        for reader in readers.values():
+            reader.close()
+
+
+def in_words(role: str, record: Record) -> str:
+    """One line for a person; what cannot be read as its role promises is shown as it is."""
+    try:
+        told = _TOLD[role](record) if role in _TOLD else _plain(record)
+    except (msgspec.MsgspecError, Corrupt, IndexError) as error:
+        told = f"{_place(record)} not a record of {role} ({error}): {_plain(record)}"
+    return printable(told)
+
+
+def as_json(record: Record) -> str:
+    """The value as it is, one line; bytes that are not JSON as a description."""
+    try:
+        return printable(msgspec.json.format(record.value or b"null", indent=-1).decode())
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return printable(_plain(record))
+
+
+def printable(text: str) -> str:
+    """Without control characters: what users wrote must not steer a terminal. Long texts are cut."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:TEXT_CHARS_MAX])
+    return shown + ("..." if len(text) > TEXT_CHARS_MAX else "")
+
+
+def time_text(time_ms: int) -> str:
+    """Event time in UTC, to the second."""
+    try:
+        return datetime.fromtimestamp(time_ms / 1_000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return f"{time_ms} ms"
+
+
+def _place(record: Record) -> str:
+    return f"{record.topic}-{record.partition}@{record.offset}"
+
+
+def _plain(record: Record) -> str:
+    key = (record.key or b"").decode(errors="replace")
+    value = b"(no value)" if record.value is None else record.value[: TEXT_CHARS_MAX * 4]
+    return f"{key}  {value.decode(errors='replace')}"
+
+
+def _forecast(record: Record) -> str:
+    f = msgspec.json.decode(record.value or b"", type=Forecast)
+    first, *later = f.steps
+    now = ", ".join(f"{c.interest} {c.probability:.0%}" for c in first.interests[:3])
+    then = " > ".join(step.interests[0].interest for step in later if step.interests)
+    behaviour = max(f.next_types.items(), key=lambda item: item[1], default=None)
+    does = f" ({behaviour[0]} {behaviour[1]:.0%})" if behaviour else ""
+    return f"{time_text(f.time_ms)}  {f.user}  next{does}: {now}" + (f"; then {then}" if then else "")
+
+
+def _alert(record: Record) -> str:
+    a = msgspec.json.decode(record.value or b"", type=ShiftAlert)
+    return f"{time_text(a.detected_at_ms)}  {a.user}  {a.kind} shift, severity {a.severity:.2f}: {a.sentence}"
+
+
+def _dead_letter(record: Record) -> str:
+    d = msgspec.json.decode(record.value or b"", type=DeadLetter)
+    source = f"{d.source.topic}-{d.source.partition}@{d.source.offset}"
+    return f"{time_text(d.timestamp_ms)}  {source}  {d.reason}, {d.bytes} bytes: {d.message}"
+
+
+def _metrics(record: Record) -> str:
+    m = msgspec.json.decode(record.value or b"", type=BatchMetrics)
+    quality = f", MRR {m.reciprocal_ranks / m.scored:.3f} (recency {m.recency_reciprocal_ranks / m.scored:.3f})"
+    return (
+        f"{time_text(m.time_ms)}  partition {m.partition} up to {m.next_offset}: {m.events} events, "
+        f"{m.forecasts} forecasts, {m.alerts} alerts, {m.dead_letters} dead letters" + (quality if m.scored else "")
+    )
+
+
+def _state(record: Record) -> str:
+    block = changelog.decode(record.value or b"", _place(record))
+    count = "" if block.records is None else f", {len(block.records)} records"
+    return f"{_place(record)}  {block.kind.name.lower()} block {block.number}{count}, {len(record.value or b'')} bytes"
+
+
+def _weights(record: Record) -> str:
+    return f"{_place(record)}  {(record.key or b'').decode(errors='replace')}  {len(record.value or b'')} bytes"
+
+
+_TOLD: dict[str, Callable[[Record], str]] = {
+    "forecasts": _forecast,
+    "alerts": _alert,
+    "dead_letters": _dead_letter,
+    "metrics": _metrics,
+    "state": _state,
+    "weights": _weights,
+}

@@ -1,0 +1,96 @@
+"""What a person sees while a command works: progress on one line, the demo's table, what became of a file's rows.
+
+Beside the way of an event; cli.py passes the console. Progress goes to a terminal only, or slowly to a plain stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+from stream.demo_run import DemoProgress
+from stream.files import EventSource, FileForm, open_events
+from stream.mapping import Mapping
+from stream.replay import ReplayProgress
+from stream.summary import DemoScore, summary
+from stream.tail import printable
+
+PLAIN_LINE_S = 10.0
+
+
+def say(console: Console, text: str) -> None:
+    """One line as it is: no markup, no wrapping, no control characters."""
+    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
+
+
+def file_form(header: bool, separator: str | None, time_unit: str | None, sort: bool, encoding: str) -> FileForm:
+    """How a file is written, from the command's options."""
+    tab = {"\\t": "\t", "tab": "\t"}.get(separator or "", separator)
+    return FileForm(header=header, separator=tab, time_unit=time_unit, sort=sort, encoding=encoding)
+
+
+def open_source(console: Console, file: str, columns: str, form: FileForm) -> EventSource:
+    """Open a file of events and say aloud what was found out about it."""
+    source = open_events(file, Mapping.parse(columns), form)
+    for what in source.facts.guessed:
+        say(console, f"{source.facts.name}: {what.replace('_', ' ')} {getattr(source.facts, what)!r}, found out")
+    for column in source.facts.unseen:
+        say(console, f"{source.facts.name}: no {column!r} in the first rows; it may come later")
+    return source
+
+
+def say_counts(console: Console, source: EventSource) -> None:
+    """What became of the rows that were not taken as they are."""
+    for what, counts in (("rows not used", source.counts.bad), ("values left out", source.counts.left_out)):
+        for reason, count in counts.most_common():
+            say(console, f"{source.facts.name}: {count:,} {what}: {reason}")
+    for line, reason, text in source.counts.examples:
+        say(console, f"  line {line:,}: {reason}: {text}")
+
+
+@contextmanager
+def send_progress(console: Console) -> Iterator[Callable[[ReplayProgress], None]]:
+    """One line that is written over while a replay goes on; nothing where the console is no terminal."""
+
+    def show(progress: ReplayProgress) -> None:
+        if console.is_terminal:
+            share = "" if progress.share is None else f" {progress.share:.0%}"
+            left = "" if progress.left_s is None else f", {progress.left_s:.0f} s left"
+            status.update(f"{progress.records:,} records{share}, {progress.rate_per_s:,.0f}/s{left}")
+
+    with console.status("opening") as status:
+        yield show
+
+
+@contextmanager
+def demo_progress(console: Console) -> Iterator[Callable[[DemoProgress], None]]:
+    """The demo's live line; on a plain stream one line every ten seconds."""
+    said_s = 0.0
+
+    def show(p: DemoProgress) -> None:
+        nonlocal said_s
+        rate = p.handled / p.elapsed_s if p.elapsed_s > 0 else 0.0
+        text = (
+            f"{p.handled:,} of {p.total:,} events, {rate:,.0f}/s, weights {p.weights_version}, "
+            f"MRR {p.mrr:.3f} (recency rule {p.recency_mrr:.3f}), {p.alerts} alerts, {p.dead_letters} dead letters"
+        )
+        if console.is_terminal:
+            status.update(text)
+        elif time.monotonic() - said_s >= PLAIN_LINE_S:
+            said_s = time.monotonic()
+            say(console, text)
+
+    with console.status("starting worker and learner") as status:
+        yield show
+
+
+def print_summary(console: Console, judged: DemoScore) -> None:
+    """The table at the end of a demo."""
+    table = Table("", "driftline", "recency rule", "", title="What the run was worth")
+    for row in summary(judged):
+        table.add_row(row.name, row.ours, row.rule, row.note)
+    console.print(table)
