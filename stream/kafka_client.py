@@ -12,19 +12,23 @@ import importlib.util
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.codec import has_lz4, has_snappy, has_zstd
+from kafka.net.compat import KafkaNetClient
 
 from stream.config import Secret, is_reference
 from stream.errors import ConfigError, Corrupt, DriftlineError, Fenced, Rebalanced, Retryable
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_MS = 6_000  # below the transaction timeout, so that one lost request does not lose the transaction
+_KNOCK_TIMEOUT_S = 2.0
+_KNOCK_PAUSE_S = 0.2
 _REASON_CHARS_MAX = 240
 
 _OURS = {
@@ -81,6 +85,7 @@ class ConnectionSettings:
                 "the crc32c package is missing (checksums would cap reading at 5 MB/s); pip install crc32c"
             )
         self._settings = dict(settings)
+        self._was_connected = False  # then a broker that does not answer is a fault that may pass, not a wrong setting
         check_codec(str(settings.get("compression_type") or "none"), "kafka.compression_type")
 
     def __repr__(self) -> str:
@@ -100,6 +105,7 @@ class ConnectionSettings:
 
         Raises:
             ConfigError: no broker answers, or it refuses us; says which and why.
+            Retryable: no broker answers, but one did before.
         """
         known = client.DEFAULT_CONFIG  # type: ignore[attr-defined]
         defaults = {
@@ -112,33 +118,66 @@ class ConnectionSettings:
         given = {key: _plain(key, value) for key, value in self._settings.items()}
         merged = {**defaults, **given, **_OURS, **ours}
         merged["bootstrap_servers"] = self.servers.split(",")
+        networks: list[Any] = []
+
+        def network(*arguments: Any, **options: Any) -> KafkaNetClient:
+            networks.append(KafkaNetClient(*arguments, **options))
+            return networks[-1]
+
+        merged["kafka_client"] = network
+        self._knock()
         with _last_words() as heard:
             try:
-                return client(**{key: value for key, value in merged.items() if key in known})
+                made = client(**{key: value for key, value in merged.items() if key in known})
+                self._was_connected = True
+                return made
             except (kafka_errors.KafkaTimeoutError, OSError) as error:
-                raise self._unreachable(heard(), error) from None
+                _end(networks)
+                raise self._refused(heard() or _short(error)) from None
             except (kafka_errors.KafkaError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+                _end(networks)
                 raise ConfigError(f"[kafka] cannot be used: {_short(error)}") from None
 
-    def _unreachable(self, reason: str, error: Exception) -> ConfigError:
-        patience_s = self._settings.get("bootstrap_timeout_ms", CONNECT_TIMEOUT_S * 1000)
-        why = f": {reason}" if reason else ""
-        for server in self.servers.split(","):
-            host, _, port = server.strip().rpartition(":")
-            try:
-                socket.create_connection((host.strip("[]") or server, int(port)), timeout=1.0).close()
-            except (OSError, ValueError):
-                continue
-            return ConfigError(
-                f"the Kafka broker at {server} is there but does not let us in{why}; check security_protocol and the "
-                "ssl_* and sasl_* settings in [kafka]"
-            )
-        if isinstance(error, OSError):
-            why = why or f": {error}"
+    def _knock(self) -> None:
+        """Wait for a broker to take a plain connection: says at once what is wrong, where the client only times out."""
+        if self._settings.get("proxy_url") or self._settings.get("socks5_proxy"):
+            return
+        patience_s = float(self.get("bootstrap_timeout_ms", CONNECT_TIMEOUT_S * 1000)) / 1000
+        until_s = time.monotonic() + patience_s
+        while True:
+            problem: Exception = ValueError("no server is named")
+            for server in self.servers.split(","):
+                host, _, port = server.strip().rpartition(":")
+                try:
+                    socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+                    return
+                except ValueError:
+                    raise ConfigError(f"kafka.bootstrap_servers: {server!r} is not host:port") from None
+                except OSError as error:
+                    problem = error
+            if time.monotonic() >= until_s:
+                raise self._absent(f"no Kafka broker answers at {self.servers} within {patience_s:g} s ({problem})")
+            time.sleep(min(_KNOCK_PAUSE_S, patience_s))
+
+    def _absent(self, message: str) -> DriftlineError:
+        if self._was_connected:
+            return Retryable(message)
+        return ConfigError(f"{message}; check kafka.bootstrap_servers and that the broker runs")
+
+    def _refused(self, reason: str) -> DriftlineError:
+        why = f" ({reason})" if reason else ""
+        if self._was_connected:
+            return Retryable(f"the Kafka broker at {self.servers} does not answer any more{why}")
         return ConfigError(
-            f"no Kafka broker answers at {self.servers} within {float(str(patience_s)) / 1000:g} s{why}; "
-            "check kafka.bootstrap_servers and that the broker runs"
+            f"the Kafka broker at {self.servers} is there but does not let us in{why}; "
+            "check security_protocol and the ssl_* and sasl_* settings in [kafka]"
         )
+
+
+def _end(networks: Iterable[KafkaNetClient]) -> None:
+    """End the threads and connections that a client leaves behind when it cannot be made."""
+    for network in networks:
+        network.close()
 
 
 def _plain(key: str, value: object) -> object:

@@ -22,7 +22,7 @@ from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 from kafka.structs import TopicPartition as ClientPartition
 
 from stream.errors import ConfigError, DriftlineError, Fenced, Rebalanced, Retryable
-from stream.kafka_client import ConnectionSettings, Topics, translated, translating
+from stream.kafka_client import REQUEST_TIMEOUT_MS, ConnectionSettings, Topics, translated, translating
 from stream.transport import Position, TopicPartition
 
 BATCH_BYTES = 256 << 10
@@ -49,14 +49,17 @@ class KafkaProducer:
         self._open = False
         self._broken: DriftlineError | None = None
         self._began_s = 0.0
+        linger_ms = int(settings.get("linger_ms", LINGER_MS))
+        request_ms = int(settings.get("request_timeout_ms", REQUEST_TIMEOUT_MS))
+        delivery_ms = max(int(transaction_timeout_s * 1000) + 5_000, request_ms + linger_ms + 1_000)
         self._client = settings.connect(
             Client,
             transactional_id=transactional_id,
             transaction_timeout_ms=int(transaction_timeout_s * 1000),
-            delivery_timeout_ms=int((transaction_timeout_s + 5) * 1000),
+            delivery_timeout_ms=settings.get("delivery_timeout_ms", delivery_ms),
             max_block_ms=int((transaction_timeout_s + 5) * 1000),
             batch_size=settings.get("batch_size", BATCH_BYTES),
-            linger_ms=settings.get("linger_ms", LINGER_MS),
+            linger_ms=linger_ms,
         )
         try:
             self._transactions = self._client._transaction_manager

@@ -45,8 +45,22 @@ class Broker:
     """A broker that was started here."""
 
     bootstrap: str
-    pid: int
+    process: subprocess.Popen[bytes]
     folder: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def stop(self) -> None:
+        """End it, gently first."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(STOP_TIMEOUT_S)
 
 
 def jars() -> Path:
@@ -136,14 +150,15 @@ def _start_once(command: str, lib: Path, home: Path, heap: str, extra: str) -> B
         if process.poll() is not None:
             raise _DidNotStart((home / "broker.log").read_text(errors="replace")[-800:])
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return Broker(bootstrap=f"127.0.0.1:{port}", pid=process.pid, folder=home)
+            return Broker(bootstrap=f"127.0.0.1:{port}", process=process, folder=home)
         time.sleep(0.1)
-    stop(process.pid)
+    process.kill()
+    process.wait(STOP_TIMEOUT_S)
     raise _DidNotStart(f"not ready within {READY_TIMEOUT_S} s")
 
 
 def stop(pid: int) -> None:
-    """End the broker with this process id; gently first."""
+    """End the broker of another run by its process id, gently first."""
     for kind, patience_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5)):
         try:
             os.kill(pid, kind)
@@ -151,8 +166,6 @@ def stop(pid: int) -> None:
             return
         until_s = time.monotonic() + patience_s
         while time.monotonic() < until_s:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
@@ -167,7 +180,7 @@ def running_broker(folder: Path, heap: str = "-Xmx1g", extra: str = "") -> Itera
     try:
         yield broker.bootstrap
     finally:
-        stop(broker.pid)
+        broker.stop()
 
 
 def _is_broker(pid: int) -> bool:
