@@ -127,6 +127,7 @@ class LogFile:
 
     def quarantine(self, reason: str) -> Corrupt:
         """Mark the file as damaged, so that nobody writes to it again; the error to raise."""
+        reason = " ".join(reason.split())
         self._quarantine_path.write_text(reason + "\n")
         return Corrupt(
             f"the embedded log {self.path} is damaged: {reason}. Nothing more is written to it; "

@@ -26,7 +26,6 @@ from stream.errors import ConfigError, Fenced, Rebalanced, Retryable
 from stream.transport import LogRecord, Polled, Position, TopicPartition, TopicSpec
 
 _OFFSET = itemgetter(2)
-_WAIT_SLICE_S = 0.05
 
 
 class ManualClock:
@@ -334,7 +333,8 @@ class MemoryConsumer:
                 left_s = until_s - self._log.now()
                 if polled.records or polled.assigned or polled.revoked or left_s <= 0:
                     return polled
-                self._log.wait(min(left_s, _WAIT_SLICE_S) if self._log.session_timeout_s else left_s)
+                # In slices, to see the others' sessions run out and to keep our own.
+                self._log.wait(min(left_s, (self._log.session_timeout_s or 4 * left_s) / 4))
 
     def _poll_once(self, max_records: int) -> Polled:
         self._log.tick()
