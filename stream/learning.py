@@ -110,6 +110,8 @@ class LearnerLoop:
         self._positions: dict[TopicPartition, int] = {}
         self._dirty = False
         self._publishing = False
+        self._next_lag_s = 0.0
+        self._lag_records = 0
         self._producer: Producer = transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset=reset)
         self._feed = weights.WeightsFeed(transport.reader(), topics.weights, kinds=weights.KINDS)
@@ -137,7 +139,7 @@ class LearnerLoop:
             start_s = self._clock()
             report = self.model.learn(self._pace.steps_per_turn_max)
             spent_s = self._clock() - start_s
-            self._observer.learned(report, sum(self._consumer.lag().values()))
+            self._observer.learned(report, self._lag(start_s))
             if self._pace.cpu_share < 1 and report.steps:
                 self._sleep(min(1.0, spent_s * (1 / self._pace.cpu_share - 1)))
             if self._dirty and self._clock() - self._last_publish_s >= self._pace.publish_interval_s:
@@ -167,6 +169,13 @@ class LearnerLoop:
             except Retryable:  # its outcome does not matter: a new producer of the id aborts what is open
                 self._producer.close()
                 self._producer = self._transport.producer(transactional_id=self._id)
+
+    def _lag(self, now_s: float) -> int:
+        """Records behind, asked at most once a second: it is a round trip to the log."""
+        if now_s >= self._next_lag_s:
+            self._next_lag_s = now_s + 1.0
+            self._lag_records = sum(self._consumer.lag().values())
+        return self._lag_records
 
     def _read(self) -> bool:
         polled = self._consumer.poll(self._pace.poll_timeout_s, self._pace.batch_events_max)

@@ -41,6 +41,8 @@ from stream.transport import GroupConsumer, Polled, Position, Producer, Record, 
 
 log = logging.getLogger(__name__)
 
+LOOK_INTERVAL_S = 1.0  # how often lag and users are reported
+
 Inputs = dict[TopicPartition, list[Record]]
 
 
@@ -126,6 +128,7 @@ class Worker:
         self._pool = ThreadPoolExecutor(1, "restore") if parts.threads else None
         self._poison: deque[tuple[int, int]] = deque()  # (records, dead) by batch
         self._failures = 0
+        self._next_look_s = 0.0
         self._producer: Producer = parts.transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = parts.transport.consumer(
             group=parts.app, topics=parts.topics.events, reset=parts.reset
@@ -418,12 +421,15 @@ class Worker:
             if state is not None:
                 self._take_over(partition, state)
             self._restoring.pop(partition, None)
-        self._parts.observer.owned(
-            sorted(self.states),
-            sum(len(s.arena) for s in self.states.values()),
-            len(self._restoring),
-            sum(self._consumer.lag().values()) if self.states else 0,
-        )
+        now_s = self._parts.clock()
+        if now_s >= self._next_look_s:  # asking for the lag is a round trip to the log
+            self._next_look_s = now_s + LOOK_INTERVAL_S
+            self._parts.observer.owned(
+                sorted(self.states),
+                sum(len(s.arena) for s in self.states.values()),
+                len(self._restoring),
+                sum(self._consumer.lag().values()) if self.states else 0,
+            )
 
     def _take_over(self, partition: int, state: PartitionState) -> None:
         tps = [TopicPartition(topic, partition) for topic in self._parts.topics.events]
