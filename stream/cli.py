@@ -345,7 +345,7 @@ def tail(
     role, name = topic_of(config, topic)
     stop = stop_on_signals()
     shown = 0
-    with _opened(config) as transport:
+    with _opened(config, existing=True) as transport:
         partitions = _partitions_of(transport, name)
         for record in follow_records(transport, name, partitions, start=start, follow=follow, stopped=stop.is_set):
             if user is not None and record.key != user.encode():
@@ -374,7 +374,7 @@ def user(
 
     config = given.load().config
     log_to(config.app, "user")
-    with _opened(config) as transport:
+    with _opened(config, existing=True) as transport:
         told = portrait(transport, config, make_decoder(config), user_id)
     if as_json:
         print(msgspec.json.encode(told).decode())
@@ -419,13 +419,12 @@ def topics_list(given: Given) -> None:
 
     config = given.load().config
     log_to(config.app, "topics")
-    with _opened(config) as transport:
+    with _opened(config, existing=True) as transport:
         admin, reader = transport.admin(), transport.reader()
         try:
             for name, there in admin.describe([spec.name for spec in topic_specs(config)]).items():
                 if there is None:
-                    print(f"{name}: missing")
-                    continue
+                    continue  # one of the problems below
                 bounds = [reader.bounds(TopicPartition(name, p)) for p in range(there.partitions)]
                 records = sum(end - first for first, end in bounds)
                 print(f"{name}: {there.partitions} partitions, {records:,} offsets in use")
@@ -434,7 +433,7 @@ def topics_list(given: Given) -> None:
             admin.close()
         problems = topic_problems(transport, config)
     for problem in problems:
-        print(f"! {problem}")
+        print(f"problem: {problem}")
     if problems:
         raise typer.Exit(2)
 
@@ -503,7 +502,10 @@ def _transport(config: Config) -> Transport:
 
 
 @contextmanager
-def _opened(config: Config) -> Iterator[Transport]:
+def _opened(config: Config, *, existing: bool = False) -> Iterator[Transport]:
+    """The log, closed at the end. `existing`: a command that only looks must not make a new file."""
+    if existing and config.transport == "embedded" and not Path(config.embedded.path).exists():
+        raise ConfigError(f"there is no log at {config.embedded.path} yet; driftline run, simulate or replay makes one")
     transport = _transport(config)
     try:
         yield transport

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from models.profile import EmissionSettings
+from models.settings import LearningSettings, NetworkSettings
 from models.shift import ShiftSettings
 from stream.errors import ConfigError
 from stream.events import EventSettings
@@ -262,6 +263,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state: StateSettings = StateSettings()
     forecast: ForecastSettings = ForecastSettings()
     shift: ShiftSettings = ShiftSettings()
+    network: NetworkSettings = NetworkSettings()
+    learning: LearningSettings = LearningSettings()
     learner: LearnerSettings = LearnerSettings()
 
 

@@ -58,6 +58,9 @@ def examine(config: Config, connect: Callable[[], Transport], decoder: Callable[
     yield _disk(config)
     yield _gpu(config)
     yield from _secrets(config)
+    if config.transport == "embedded" and not Path(config.embedded.path).exists():
+        yield Finding(subject="log", status="ok", found=f"{config.embedded.path} is not there yet; a run makes it")
+        return
     try:
         transport = connect()
     except DriftlineError as error:
@@ -199,11 +202,6 @@ def _log(config: Config) -> Finding:
 
 def _topics(transport: Transport, config: Config) -> Iterator[Finding]:
     problems = topic_problems(transport, config)
-    if config.transport == "embedded" and problems and all("is missing" in p for p in problems):
-        yield Finding(
-            subject="topics", status="ok", found="not there yet; on the embedded log `driftline run` makes them"
-        )
-        return
     for problem in problems:
         found, _, advice = problem.partition("; ")
         yield Finding(subject="topics", status="fail", found=found, advice=advice)

@@ -171,6 +171,11 @@ def _check_sense(config: Config) -> None:
         )
     if worker.backoff_s > worker.backoff_max_s:
         raise ConfigError("worker.backoff_s is above worker.backoff_max_s; raise the latter")
+    if config.network.vector_length not in (0, config.events.vector_length):
+        raise ConfigError(
+            f"network.vector_length is {config.network.vector_length} and events.vector_length is "
+            f"{config.events.vector_length}; give both the length of your events' vectors, or 0"
+        )
     names = [*config.topics.events, *topic_names(config).values()]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
