@@ -94,7 +94,7 @@ class Checkpoint:
         for step in steps:
             for output in step.outputs:
                 topic = self._topics.outputs[output.stream]
-                producer.send(topic, step.partition, output.key, output.value, output.timestamp_ms)
+                producer.send(topic, step.partition, output.key, output.value)
         at(4)
         producer.flush()
         at(5)

@@ -287,7 +287,6 @@ class Pipeline:
                 stream="dead_letters",
                 key=record.key,
                 value=out.encode(refuse(record, error)),
-                timestamp_ms=record.timestamp,
             )
             for record, error in part.decoded.dead
         ]
@@ -302,9 +301,7 @@ class Pipeline:
             after = self.groups_from_snapshot(state.groups.snapshot())
             after.apply_delta(delta)
             after = after.cut()
-        outputs.append(
-            Output(stream="metrics", key=None, value=out.encode(metrics), timestamp_ms=max(part.watermark_ms, 0))
-        )
+        outputs.append(Output(stream="metrics", key=None, value=out.encode(metrics)))
         return PartitionStep(
             partition=part.partition,
             positions=part.positions,
@@ -336,12 +333,11 @@ def _id(part: _Part, event: int) -> str:
 
 
 def _output(stream: str, part: _Part, event: int, record: msgspec.Struct) -> Output:
-    """A record keyed by the event's user, with the event's time."""
+    """A record keyed by the event's user."""
     return Output(
         stream=stream,
         key=part.decoded.users[event].encode(),
         value=out.encode(record),
-        timestamp_ms=int(part.decoded.columns.time_ms[event]),
     )
 
 

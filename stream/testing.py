@@ -88,11 +88,7 @@ class DigestEngine:
                     key=record.key,
                     value=record.value,
                 )
-                outputs.append(
-                    Output(
-                        stream="dead_letters", key=record.key, value=out.encode(letter), timestamp_ms=record.timestamp
-                    )
-                )
+                outputs.append(Output(stream="dead_letters", key=record.key, value=out.encode(letter)))
         keys = {user: user_hash(user, b"test") for _, user in read}
         rows = {user: i for i, user in enumerate(keys)}
         users = state.arena.take(np.array(list(keys.values()), np.uint64))
@@ -111,11 +107,7 @@ class DigestEngine:
                 digest=int(row["digest"]),
                 weights=self.weights_version,
             )
-            outputs.append(
-                Output(
-                    stream="forecasts", key=record.key, value=msgspec.json.encode(output), timestamp_ms=record.timestamp
-                )
-            )
+            outputs.append(Output(stream="forecasts", key=record.key, value=msgspec.json.encode(output)))
         seen = state.seen + len(records)
         after = None
         if seen == self.next_cut(state.seen):

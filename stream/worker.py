@@ -270,9 +270,7 @@ class Worker:
             records=none,
             seen=state.seen + 1,
             watermark_ms=state.watermark_ms,
-            outputs=[
-                Output(stream="dead_letters", key=record.key, value=out.encode(letter), timestamp_ms=record.timestamp)
-            ],
+            outputs=[Output(stream="dead_letters", key=record.key, value=out.encode(letter))],
         )
 
     def _check_poison(self, batch: Inputs, steps: Sequence[PartitionStep]) -> None:

@@ -32,7 +32,8 @@ def topic_names(prefix: str = "") -> TopicNames:
 def create_topics(transport: Transport, names: TopicNames, partitions: int) -> None:
     admin = transport.admin()
     every = [*names.events, names.state, names.weights, *names.outputs.values()]
-    admin.create([TopicSpec(name=name, partitions=partitions) for name in every])
+    kept = {"retention.ms": "-1"}  # the events' times are old ones
+    admin.create([TopicSpec(name=name, partitions=partitions, settings=kept) for name in every])
     admin.close()
 
 
