@@ -72,15 +72,17 @@ def jars() -> Path:
         return lib
     if shutil.which("mvn") is None:
         raise BrokerUnavailable("Maven is missing and the jars are not in .kafka/lib yet; install maven")
-    shutil.rmtree(lib, ignore_errors=True)
     CACHE.mkdir(exist_ok=True)
-    command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={lib}"]
+    fresh = CACHE / f"lib-{os.getpid()}"
+    command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={fresh}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MAVEN_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise BrokerUnavailable(f"Maven did not fetch the jars within {MAVEN_TIMEOUT_S} s") from None
     if done.returncode != 0:
         raise BrokerUnavailable(f"Maven could not fetch the jars: {(done.stdout + done.stderr)[-800:]}")
+    shutil.rmtree(lib, ignore_errors=True)
+    fresh.rename(lib)
     stamp.write_bytes(pom.read_bytes())
     return lib
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from stream import embedded
-from stream.embedded import EmbeddedConsumer, EmbeddedLog
+from stream import embedded_producer, embedded_records
+from stream.embedded import EmbeddedLog
+from stream.embedded_consumer import EmbeddedConsumer
 from stream.errors import ConfigError, Corrupt, Fenced, Rebalanced, Retryable
 from stream.transport import Polled, Position, TopicPartition, TopicSpec
 
@@ -168,7 +169,8 @@ def test_a_kill_inside_the_write_leaves_no_half(path: Path, log: EmbeddedLog) ->
     code = """
         import os, signal, sys
         from pathlib import Path
-        from stream.embedded import EmbeddedLog, EmbeddedProducer
+        from stream.embedded import EmbeddedLog
+        from stream.embedded_producer import EmbeddedProducer
         log = EmbeddedLog(Path(sys.argv[1]))
         real = EmbeddedProducer._retain
         def stop_here(self, db):
@@ -445,7 +447,7 @@ def test_a_file_of_another_format_is_refused(path: Path, log: EmbeddedLog) -> No
 
 def test_retention_bounds_the_log(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By time since the append (not by event time), and by bytes; the head moves, offsets go on."""
-    monkeypatch.setattr(embedded, "_RETENTION_PAUSE_S", 0.0)
+    monkeypatch.setattr(embedded_producer, "RETENTION_PAUSE_S", 0.0)
     now_s = [1_000_000.0]
     log = EmbeddedLog(path, clock=lambda: now_s[0])
     with closing(log.admin()) as admin, closing(log.reader()) as reader:
@@ -480,7 +482,7 @@ def test_deleted_space_is_used_again_and_given_back(path: Path, log: EmbeddedLog
 
 def test_a_read_is_bounded_in_bytes(path: Path, log: EmbeddedLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand large blocks do not come as one answer."""
-    monkeypatch.setattr(embedded, "_READ_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(embedded_records, "READ_BYTES_MAX", 1 << 20)
     log.append("out", 0, ((None, b"x" * 300_000, n) for n in range(20)))
     with closing(log.reader()) as reader:
         offset = 0

@@ -32,7 +32,7 @@ def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     try:
         broker = start(tmp_path_factory.mktemp("own"), heap="-Xmx512m")
     except BrokerUnavailable as error:
-        if os.environ.get("CI") == "true":
+        if os.environ.get("CI") == "true" and not os.environ.get("DRIFTLINE_KAFKA"):
             pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
         pytest.skip(f"no Kafka broker: {error}")
     yield broker

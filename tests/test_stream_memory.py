@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from stream.errors import Fenced, Rebalanced, Retryable
-from stream.memory import Fault, ManualClock, MemoryConsumer, MemoryLog
+from stream.memory import Fault, ManualClock, MemoryLog
+from stream.memory_clients import MemoryConsumer
 from stream.transport import Polled, Position, TopicPartition, TopicSpec
 
 EVENTS = TopicPartition("events", 0)
