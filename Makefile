@@ -34,10 +34,11 @@ kafka: $(DEV_STAMP) ## run a local Apache Kafka until Ctrl-C (needs Java 17 and,
 bench: $(DEV_STAMP) ## the throughput benchmark beside its peers (minutes; builds their environments the first time)
 	$(BIN)/python benchmarks/throughput.py --json
 
-docs: $(DEV_STAMP) ## write the generated pages again: config.toml, configuration, commands, JSON Schemas
+docs: $(DEV_STAMP) ## write the generated pages again: config.toml, configuration, commands, metrics, JSON Schemas
 	$(BIN)/driftline config --template > .config.toml.new && mv .config.toml.new config.toml
 	$(BIN)/driftline config --markdown > docs/configuration.md
 	$(BIN)/driftline config --commands > docs/commands.md
+	$(BIN)/driftline config --metrics > docs/metrics.md
 	$(BIN)/python -m stream.schemas docs/schemas
 
 clean: ## remove the environment and everything that was built

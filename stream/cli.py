@@ -444,6 +444,7 @@ def config_(
     template: Annotated[bool, typer.Option("--template", help="A commented config.toml with every default.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The reference as Markdown.")] = False,
     commands: Annotated[bool, typer.Option("--commands", help="The reference of the commands as Markdown.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="The reference of the metrics as Markdown.")] = False,
 ) -> None:
     """The settings in force and where each comes from. Secrets are never shown.
 
@@ -458,6 +459,10 @@ def config_(
         print(reference.markdown(), end="")
     elif commands:
         print(reference.commands(typer.main.get_command(app)), end="")
+    elif metrics:
+        from stream.metrics import markdown as metrics_reference
+
+        print(metrics_reference(), end="")
     else:
         loaded = given.load()
         rows = [(f"{key} = {reference.shown(key, value)}", loaded.origins[key]) for key, value in values(loaded.config)]

@@ -182,7 +182,9 @@ def _secrets(config: Config) -> Iterator[Finding]:
             try:
                 value.reveal()
             except ConfigError as error:
-                yield Finding(subject=name, status="fail", found=str(error))
+                yield Finding(
+                    subject=name, status="fail", found=str(error), advice="secrets come from env:NAME or file:PATH"
+                )
     if config.state.hash_key == StateSettings().hash_key:
         yield Finding(
             subject="state.hash_key",

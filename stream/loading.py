@@ -165,9 +165,9 @@ def _refused(error: msgspec.ValidationError, origins: Mapping[str, str]) -> Conf
 def _check_sense(config: Config) -> None:
     """What no single key can say."""
     worker = config.worker
-    if worker.batch_wait_s + worker.poll_timeout_s > worker.transaction_timeout_s / 2:
+    if worker.batch_wait_s + worker.poll_timeout_s > worker.transaction_timeout_s / 3:
         raise ConfigError(
-            "worker.batch_wait_s + worker.poll_timeout_s must stay below half of worker.transaction_timeout_s"
+            "worker.batch_wait_s + worker.poll_timeout_s must stay below a third of worker.transaction_timeout_s"
         )
     if worker.backoff_s > worker.backoff_max_s:
         raise ConfigError("worker.backoff_s is above worker.backoff_max_s; raise the latter")

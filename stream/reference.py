@@ -219,14 +219,18 @@ def _comment(text: str) -> list[str]:
 def commands(root: Any) -> str:
     """docs/commands.md, from the command line's own description of itself (a click command tree)."""
     parts = [_COMMANDS_HEAD]
-    for name, command in _leaf_commands(root, ""):
+    for name, command in leaf_commands(root):
         text, _, example = inspect.cleandoc(command.help or "").partition("Example: ")
         lines = [f"## `driftline {name}`", "", " ".join(text.split()), "", f"    {example.strip()}", ""]
         shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name not in _GLOBAL]
         if shown:
             lines += ["| option | meaning | default |", "|---|---|---|"]
         for p in shown:
-            names = ", ".join([*p.opts, *p.secondary_opts]) if p.param_type_name == "option" else (p.metavar or p.name.upper())
+            names = (
+                ", ".join([*p.opts, *p.secondary_opts])
+                if p.param_type_name == "option"
+                else (p.metavar or p.name.upper())
+            )
             default = "" if p.default in (None, False) or p.required else f"`{p.default}`"
             meaning = (getattr(p, "help", None) or "").replace("|", "\\|")
             lines.append(f"| `{names}` | {meaning} | {default} |")
@@ -234,9 +238,10 @@ def commands(root: Any) -> str:
     return "\n".join(parts)
 
 
-def _leaf_commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def leaf_commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, command) of everything that can be called, groups unfolded."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            yield from _leaf_commands(command, f"{prefix}{name} ")
+            yield from leaf_commands(command, f"{prefix}{name} ")
         else:
             yield prefix + name, command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -174,3 +175,73 @@ def test_every_decision_and_number_has_its_place() -> None:
     """The documents that the README points to exist."""
     for target in re.findall(r"\]\(([^)#]+)\)", readme()):
         assert (ROOT / target).exists(), f"README points to {target}"
+
+
+def test_every_setting_is_read() -> None:
+    """A key that nothing reads would be a promise that nobody keeps."""
+    from stream.reference import every_setting
+
+    declared = {"stream/config.py", "models/settings.py"}
+    sources = [p.read_text() for p in modules() if name_of(p) not in declared]
+    sources.append((ROOT / "stream" / "config.py").read_text().partition("def topic_names")[2])
+    for setting in every_setting():
+        topic = setting.key.startswith("topics.") and f'"{setting.name}"' in sources[-1]
+        read = re.compile(rf"\.{setting.name}\b")
+        assert topic or any(read.search(text) for text in sources), f"nothing reads {setting.key}"
+
+
+def examples() -> dict[str, str]:
+    """The worked examples of docs/topics.md by topic."""
+    return dict(re.findall(r"```json ([a-z-]+)\n(.*?)```", (ROOT / "docs" / "topics.md").read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("topic", ["forecasts", "alerts", "dead-letters", "metrics"])
+def test_examples_fit_the_types_and_the_schemas(topic: str) -> None:
+    """Each worked example is complete, valid against the published schema, and read by the type without loss."""
+    import jsonschema
+    import msgspec
+
+    from stream.schemas import RECORDS, schema
+
+    published = json.loads((ROOT / "docs" / "schemas" / f"{topic}.json").read_text())
+    assert published == schema(topic), "run make docs"
+    example = json.loads(examples()[topic])
+    jsonschema.validate(example, published)
+    record = msgspec.json.decode(examples()[topic], type=RECORDS[topic], strict=True)
+    assert msgspec.to_builtins(record) == example, "the example names every field"
+
+
+def test_the_event_example_is_an_event() -> None:
+    """The input example is decoded as it stands, and every field of an event is explained beside it."""
+    from stream.events import FIELD_NAMES, EventDecoder, EventSettings
+    from stream.transport import LogRecord
+
+    value = examples()["events"].encode()
+    event = json.loads(value)
+    record = LogRecord("events", 0, 0, event["time"], event["user"].encode(), value)
+    decoded = EventDecoder(EventSettings(), b"key").decode([record])
+    assert len(decoded) == 1
+    text = (ROOT / "docs" / "topics.md").read_text()
+    assert all(f"| `{name}` |" in text for name in FIELD_NAMES)
+
+
+def test_every_dead_letter_reason_is_documented() -> None:
+    """Whoever reads a dead letter finds its reason in docs/topics.md, and nothing else stands there."""
+    sources = "\n".join(p.read_text() for p in tracked("stream/*.py"))
+    given = set(re.findall(r'BadEvent\(\s*"([a-z0-9_]+)"', sources)) | {"processing_failed"}
+    given |= set(re.findall(r'BadEvent\("([a-z_]+)" if .*? else "([a-z_]+)"', sources)[0])
+    table = (ROOT / "docs" / "topics.md").read_text().partition("| reason |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {reason for row in rows for reason in re.findall(r"`([a-z0-9_]+)`", row)} == given
+
+
+def test_the_readme_names_settings_that_exist() -> None:
+    """Every section.key in the README's code and text is a setting."""
+    from stream.reference import every_setting, sections
+
+    known = {s.key for s in every_setting()} | {s.name for s in sections()}
+    named = set(re.findall(r"`([a-z]+\.[a-z_]+)(?:\s*=[^`]*)?`", readme())) | set(
+        re.findall(r"--set ([a-z]+\.[a-z_]+)=", readme())
+    )
+    files = {n for n in named if re.search(r"\.(py|toml|md|txt|yaml)$", n)}
+    assert named - files - {n for n in named if n.startswith("kafka.")} <= known

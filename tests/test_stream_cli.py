@@ -1,0 +1,224 @@
+"""The command line: help, exit codes, one-line errors, and the commands on an embedded log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from stream import reference
+from stream.cli import EXIT_CODES, app, main
+from stream.config import Config
+from stream.errors import ConfigError, Corrupt, DriftlineError, Fenced, Rebalanced, Retryable
+from stream.loading import load
+from stream.options import Given
+from stream.tail import start_offset, topic_of
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAVES = dict(reference.leaf_commands(typer.main.get_command(app)))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Each test in an empty folder, without settings from outside; logging and signals are put back after it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DRIFTLINE_CONFIG", raising=False)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(*arguments: str) -> int:
+    """The exit code of `driftline ARGUMENTS`, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return 0 if ended.value.code is None else int(ended.value.code)
+
+
+def shop(folder: Path) -> str:
+    """A small log with a generated stream in it."""
+    assert run("simulate", "--users", "20", "--events", "400") == 0
+    return str(folder / "var" / "driftline.db")
+
+
+@pytest.mark.parametrize("name", sorted(LEAVES))
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The help says what it does and shows a call of this very command that can be parsed."""
+    assert run(*name.split(), "--help") == 0
+    assert "--set" in capsys.readouterr().out
+    example = re.search(r"Example: driftline (.*)", LEAVES[name].help)
+    assert example, name
+    words = example.group(1).split()
+    assert words[: len(name.split())] == name.split()
+    LEAVES[name].make_context(name, words[len(name.split()) :])
+
+
+def test_the_commands_that_are_promised_exist() -> None:
+    """run, worker, learner, demo, simulate, replay, tail, topics, user, config, doctor."""
+    promised = ["run", "worker", "learner", "demo", "simulate", "replay", "tail", "user", "config", "doctor"]
+    assert {*promised, "topics create", "topics list"} <= set(LEAVES)
+
+
+def test_the_reference_of_commands_is_up_to_date() -> None:
+    """docs/commands.md is what `make docs` writes now, and holds every command."""
+    written = (ROOT / "docs" / "commands.md").read_text()
+    assert written == reference.commands(typer.main.get_command(app)), "run make docs"
+    assert all(f"## `driftline {name}`" in written for name in LEAVES)
+
+
+def test_help_does_not_load_what_commands_need() -> None:
+    """`driftline --help` imports neither the network nor numpy: it must be there at once."""
+    code = (
+        "import sys\nfrom stream.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'numba', 'numpy', 'river', 'kafka')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_exit_codes_tell_errors_apart() -> None:
+    """Each kind of error has a code of its own, the one that docs/commands.md names."""
+
+    def code(error: DriftlineError) -> int:
+        return next(c for kind, c in EXIT_CODES.items() if isinstance(error, kind))
+
+    kinds = [ConfigError(""), Fenced(""), Corrupt(""), Retryable(""), Rebalanced(""), DriftlineError("")]
+    assert [code(e) for e in kinds] == [2, 3, 4, 5, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["config", "--set", "wroker.slot=1"], "did you mean worker?"),
+        (["config", "--config", "missing.toml"], "missing.toml"),
+        (["topics", "list", "--transport", "foo"], "transport"),
+        (["tail", "alerts"], "there is no log"),
+        (["user", "u1"], "there is no log"),
+        (["replay", "missing.csv", "--map", "user=a,interest=b,time=c"], "missing.csv"),
+        (["topics", "create", "--set", "embedded.path=/proc/nothing/x.db"], "cannot create the folder"),
+        (
+            ["topics", "create", "--transport", "kafka", "--set", "kafka.bootstrap_servers=127.0.0.1:9",
+             "--set", "kafka.bootstrap_timeout_ms=500"],
+            "no Kafka broker answers at 127.0.0.1:9",
+        ),
+        (["topics", "create", "--transport", "kafka", "--set", "kafka.bootstrap_server=x"], "bootstrap_servers"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_line_and_exit_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback: what is wrong and what to do."""
+    assert run(*arguments) == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert shown.startswith("driftline: ")
+
+
+def test_options_may_stand_before_or_after_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both places count; what stands after the command wins."""
+    assert run("--set", "worker.slot=a", "--transport", "kafka", "config", "--set", "worker.slot=b") == 0
+    shown = capsys.readouterr().out
+    assert 'worker.slot = "b"' in shown
+    assert 'transport = "kafka"' in shown
+
+
+def test_config_shows_values_with_their_origin_and_no_secret(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """./config.toml is read by itself; each line names where the value comes from; passwords are hidden."""
+    (folder / "config.toml").write_text('[kafka]\nsasl_plain_password = "hunter2"\n[worker]\nretries_max = 3\n')
+    assert run("config") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"worker.retries_max = 3 +# config.toml", shown)
+    assert re.search(r"worker.slot = \"0\" +# default", shown)
+    assert "hunter2" not in shown
+    assert "kafka.sasl_plain_password = (hidden)" in shown
+
+
+def test_settings_travel_to_child_processes(folder: Path) -> None:
+    """What `run` was given is what its worker and learner load."""
+    given = Given(config=folder / "c.toml", sets=("transport=kafka", "app.name=x y"))
+    (folder / "c.toml").write_text("")
+    words = given.arguments()
+    assert words == ["--config", str(folder / "c.toml"), "--set", "transport=kafka", "--set", "app.name=x y"]
+
+
+def test_simulate_tail_and_topics_on_an_embedded_log(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was sent comes out, as JSON and in words; partitions and records are listed."""
+    shop(folder)
+    assert "records in" in capsys.readouterr().out
+    assert run("tail", "events", "--from", "start", "--no-follow", "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    events = [json.loads(line) for line in lines if line.startswith('{"user"')]
+    assert len(events) > 300
+    assert run("tail", "events", "--from", "2", "--no-follow", "--user", events[0]["user"], "--limit", "1") == 0
+    capsys.readouterr()
+    assert run("topics", "list") == 0
+    assert "events: 4 partitions" in capsys.readouterr().out
+    assert run("user", "nobody") == 2
+    assert "nothing is known of user 'nobody'" in capsys.readouterr().err
+
+
+def test_replay_of_a_file_into_the_log(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows become records; what was found out and what was left out is said; a missing column is exit 2."""
+    (folder / "e.csv").write_text("who,what,when\nu1,shoes,1700000000\nu2,socks,1700000060\nu3,,1700000061\n")
+    assert run("replay", "e.csv", "--map", "user=who,interest=what,time=when") == 0
+    shown = capsys.readouterr()
+    assert "events: 2 records" in shown.out
+    assert "time unit 's', found out" in shown.err
+    assert "1 rows not used" in shown.err
+    assert run("replay", "e.csv", "--map", "user=who,interest=wat,time=when") == 2
+    assert "wat" in capsys.readouterr().err
+    (folder / "back.csv").write_text("who,what,when\nu1,shoes,1700000060\nu2,socks,1700000000\n")
+    assert run("replay", "back.csv", "--map", "user=who,interest=what,time=when") == 2
+    assert "--sort" in capsys.readouterr().err
+    assert run("replay", "back.csv", "--map", "user=who,interest=what,time=when", "--sort") == 0
+
+
+def test_wrong_partition_count_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Topics that exist with another count: exit 2, naming the setting."""
+    shop(folder)
+    capsys.readouterr()
+    assert run("topics", "list", "--set", "topics.partitions=3") == 2
+    shown = capsys.readouterr().out
+    assert "has 4 partitions, topics.partitions is 3" in shown
+
+
+def test_tail_survives_what_users_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters do not reach the terminal."""
+    (folder / "e.jsonl").write_text(json.dumps({"u": "u1", "i": "a\x1b[2Jb", "t": 1_700_000_000_000}) + "\n")
+    assert run("replay", "e.jsonl", "--map", "user=u,interest=i,time=t") == 0
+    capsys.readouterr()
+    assert run("tail", "events", "--from", "start", "--no-follow") == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_topics_are_found_by_role_and_by_name() -> None:
+    """`dead-letters`, `dead_letters` and the full name are the same topic."""
+    config: Config = load(None, ["topics.prefix=shop."]).config
+    assert topic_of(config, "dead-letters") == topic_of(config, "dead_letters") == ("dead_letters", "shop.dead-letters")
+    assert topic_of(config, "shop.alerts") == ("alerts", "shop.alerts")
+    assert topic_of(config, "events") == ("events", "events")
+    with pytest.raises(ConfigError, match="there are events"):
+        topic_of(config, "alarms")
+
+
+@pytest.mark.parametrize(("start", "offset"), [("start", 5), ("end", 20), ("3", 17), ("100", 5)])
+def test_where_tail_begins(start: str, offset: int) -> None:
+    """At the head, at the end, or N records before it, never below the head."""
+    assert start_offset(start, 5, 20) == offset
+    with pytest.raises(ConfigError, match="--from"):
+        start_offset("yesterday", 5, 20)
