@@ -1,0 +1,207 @@
+"""The whole network in one file: encoder, copy head, output layer, decoder, loss.
+
+On the way of an event: `encode` brings the users' hidden states up to date; `decode` and `Step` say what comes next.
+The probability of an interest at a step is a mixture:
+
+    p(i) = gate * copy(i) + (1 - gate) * general(i)
+    copy(i)      softmax over the user's candidates (ring and slow profile), scored by a small network on what is known
+                 of each candidate (models/candidates.py), the state, and the match of the state with its embedding
+    general(i)   softmax over the vocabulary: state . embedding + bias + log popularity + log lift of what followed the
+                 user's last interests (models/successors.py)
+
+It starts as the recency rule: the copy score is -log(slot) plus terms that start at 0, the gate lets no interest of the
+vocabulary pass before a candidate, and the output layer starts as popularity. Learning can only add.
+
+Tensors carry their shape; the legend is in models/features.py. Here also:
+    C  candidates   F  features of one   G  numbers about the moment   M  followers   D  width of an embedding
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as f
+
+from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
+from models.features import TYPE_COUNT
+from models.inputs import NUMBER_COUNT
+from models.profile import HIDDEN
+from models.settings import NetworkSettings
+
+TYPE_WIDTH = 8
+CANDIDATE_NUMBERS = FEATURE_COUNT + 2  # and the lift of the candidate, and its log popularity
+STEP_CODES = 8  # steps of the decoder that are told apart
+GATE_START = 0.997  # with the copy score -log(slot): no general interest passes the last of 48 candidates
+NEVER = -30.0  # logarithm of a probability that is none
+
+
+@dataclass(kw_only=True, slots=True)
+class Moments:
+    """What is known, beside the state, at E moments of forecast.
+
+    Attributes:
+        embedding_EC: row of each candidate in the embedding table.
+        row_EC: row of the vocabulary, -1 = not in it.
+        used_EC: whether there is a candidate in the slot.
+        number_ECF, context_EG: see models/candidates.py; the last two numbers are added by who makes a Moments.
+        follower_EM, lift_EM: see models/successors.py.
+    """
+
+    embedding_EC: Tensor
+    row_EC: Tensor
+    used_EC: Tensor
+    number_ECF: Tensor
+    context_EG: Tensor
+    follower_EM: Tensor
+    lift_EM: Tensor
+
+    def head(self, count: int) -> Moments:
+        """The first ones."""
+        return Moments(**{field.name: getattr(self, field.name)[:count] for field in fields(Moments)})
+
+    def pick(self, index_E: Tensor) -> Moments:
+        """These ones."""
+        return Moments(**{field.name: getattr(self, field.name)[index_E] for field in fields(Moments)})
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device."""
+        return Moments(**{field.name: getattr(self, field.name).to(device) for field in fields(Moments)})
+
+
+@dataclass(kw_only=True, slots=True)
+class Step:
+    """One step's distribution, in parts. `copy_EC` are log probabilities, `logit_EV` are not normalised."""
+
+    state_EH: Tensor
+    copy_EC: Tensor
+    log_gate_E: Tensor
+    log_rest_E: Tensor
+
+    def head(self, count: int) -> Step:
+        """The first ones."""
+        return Step(**{field.name: getattr(self, field.name)[:count] for field in fields(Step)})
+
+    def pick(self, index_E: Tensor) -> Step:
+        """These ones."""
+        return Step(**{field.name: getattr(self, field.name)[index_E] for field in fields(Step)})
+
+
+class Network(nn.Module):
+    """See the module's docstring. The tables of interests may grow (models/optimiser.py)."""
+
+    def __init__(self, settings: NetworkSettings, capacity: int) -> None:
+        super().__init__()
+        self.settings = settings
+        width, copy = settings.interest_width, settings.copy_width
+        inputs = width + settings.item_width + TYPE_WIDTH + NUMBER_COUNT + settings.vector_length
+        self.interest = nn.Parameter(torch.randn(settings.hashed_rows + capacity, width) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(settings.hashed_rows + capacity))
+        self.item = nn.Parameter(torch.randn(settings.item_rows, settings.item_width) * settings.item_width**-0.5)
+        self.kind = nn.Parameter(torch.randn(TYPE_COUNT, TYPE_WIDTH) * TYPE_WIDTH**-0.5)
+        self.gru = nn.GRU(inputs, HIDDEN)
+        self.project = nn.Linear(CONTEXT_COUNT, 2 * HIDDEN)
+        self.copy_number = nn.Linear(CANDIDATE_NUMBERS, copy)
+        self.copy_state = nn.Linear(HIDDEN + CONTEXT_COUNT, copy, bias=False)
+        self.copy_score = nn.Linear(copy, 1, bias=False)
+        self.copy_rank = nn.Parameter(torch.ones(()))
+        self.copy_match = nn.Linear(HIDDEN, width)
+        self.gate = nn.Linear(HIDDEN + CONTEXT_COUNT, 1)
+        self.query = nn.Linear(HIDDEN, width)
+        self.popularity = nn.Parameter(torch.ones(()))
+        self.lift = nn.Parameter(torch.ones(()))
+        self.next_type = nn.Linear(HIDDEN + CONTEXT_COUNT, TYPE_COUNT)
+        self.decoder = nn.GRUCell(width + STEP_CODES, HIDDEN)
+        with torch.no_grad():
+            for layer in (self.project, self.copy_score, self.copy_match, self.gate, self.query, self.next_type):
+                layer.weight.zero_()
+                if layer.bias is not None:
+                    layer.bias.zero_()
+            self.gate.bias.fill_(float(torch.logit(torch.tensor(GATE_START))))
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the embedding that interests of the vocabulary can have."""
+        return len(self.bias) - self.settings.hashed_rows
+
+    # ------------------------------------------------------------------ events -> states
+
+    def inputs(self, embedding_B: Tensor, item_B: Tensor, type_B: Tensor, number_BN: Tensor) -> Tensor:
+        """What the GRU reads of each event; `number_BN` ends with the content vector, where there is one."""
+        parts = [
+            f.embedding(embedding_B, self.interest),
+            f.embedding(item_B, self.item),
+            f.embedding(type_B, self.kind),
+            number_BN,
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def encode_packed(self, input_BI: Tensor, batch_sizes_T: Tensor, hidden_UH: Tensor) -> Tensor:
+        """States after each event, in packed order (users by falling count, time-major)."""
+        packed = torch.nn.utils.rnn.PackedSequence(input_BI, batch_sizes_T)
+        out, _last = self.gru(packed, hidden_UH.unsqueeze(0))
+        data: Tensor = out.data
+        return data
+
+    # ------------------------------------------------------------------ states -> what comes next
+
+    def at_moment(self, hidden_EH: Tensor, moments: Moments) -> Tensor:
+        """The state carried to the moment of the forecast: scaled and shifted by the time gap and its like."""
+        scale_EH, shift_EH = self.project(moments.context_EG).chunk(2, dim=-1)
+        return hidden_EH * (1.0 + scale_EH) + shift_EH
+
+    def step(self, state_EH: Tensor, moments: Moments) -> Step:
+        """Copy head and gate."""
+        seen_EG = torch.cat([state_EH, moments.context_EG], dim=-1)
+        inner_ECW = self.copy_number(moments.number_ECF) + self.copy_state(seen_EG).unsqueeze(1)
+        score_EC = self.copy_score(f.silu(inner_ECW)).squeeze(-1)
+        score_EC = score_EC - self.copy_rank * moments.number_ECF[:, :, 0]
+        embedding_ECD = f.embedding(moments.embedding_EC, self.interest)
+        score_EC = score_EC + torch.einsum("ecd,ed->ec", embedding_ECD, self.copy_match(state_EH))
+        score_EC = score_EC.masked_fill(~moments.used_EC, NEVER)
+        gate_E = self.gate(seen_EG).squeeze(-1)
+        gate_E = torch.where(moments.used_EC[:, 0], gate_E, torch.full_like(gate_E, NEVER))
+        return Step(
+            state_EH=state_EH,
+            copy_EC=f.log_softmax(score_EC, dim=-1),
+            log_gate_E=f.logsigmoid(gate_E),
+            log_rest_E=f.logsigmoid(-gate_E),
+        )
+
+    def logits(self, state_EH: Tensor, moments: Moments, log_popularity_V: Tensor) -> Tensor:
+        """Scores of every interest of the vocabulary, (E, V)."""
+        first, last = self.settings.hashed_rows, self.settings.hashed_rows + len(log_popularity_V)
+        offset_V = self.bias[first:last] + self.popularity * log_popularity_V
+        logit_EV = torch.addmm(offset_V, self.query(state_EH), self.interest[first:last].T)
+        if not len(log_popularity_V):
+            return logit_EV
+        known_EM = (moments.follower_EM >= 0).to(logit_EV.dtype)
+        return logit_EV.scatter_add(1, moments.follower_EM.clamp(min=0), self.lift * moments.lift_EM * known_EM)
+
+    def type_logits(self, state_EH: Tensor, moments: Moments) -> Tensor:
+        logit_ET: Tensor = self.next_type(torch.cat([state_EH, moments.context_EG], dim=-1))
+        return logit_ET
+
+    def next_state(self, step: Step, moments: Moments, number: int) -> Tensor:
+        """The decoder's state for step `number` (2, 3, ...), from the step before: free running on the expected
+        embedding of the copy head, so that no interest has to be chosen."""
+        embedding_ECD = f.embedding(moments.embedding_EC, self.interest)
+        share_EC = torch.exp(step.copy_EC + step.log_gate_E.unsqueeze(-1))
+        expected_ED = torch.einsum("ecd,ec->ed", embedding_ECD, share_EC)
+        code = torch.zeros(len(expected_ED), STEP_CODES, dtype=expected_ED.dtype, device=expected_ED.device)
+        code[:, min(number, STEP_CODES) - 1] = 1.0
+        state_EH: Tensor = self.decoder(torch.cat([expected_ED, code], dim=-1), step.state_EH)
+        return state_EH
+
+
+def log_probability(step: Step, general_E: Tensor, slot_E: Tensor) -> Tensor:
+    """log p of one interest for each moment.
+
+    Args:
+        general_E: its log probability in the output layer, NEVER where it is not in the vocabulary.
+        slot_E: its slot among the candidates, -1 where it is none.
+    """
+    copy_E = step.copy_EC.gather(1, slot_E.clamp(min=0).unsqueeze(1)).squeeze(1)
+    copy_E = torch.where(slot_E >= 0, copy_E, torch.full_like(copy_E, NEVER))
+    return torch.logaddexp(step.log_gate_E + copy_E, step.log_rest_E + general_E)

@@ -1,0 +1,499 @@
+"""Online learning: each event once, a few older ones beside it, and everything needed to go on after a restart.
+
+On the way of an event: in the learner's process, behind its decoder. Pure: no I/O, no clock; the same calls with the
+same seed give the same weights on a CPU.
+
+    observe   walk the records, bring the states up to date, remember the events (models/history.py)
+    learn     for each step: take the oldest waiting events, train on them (what is counted stands as it did before
+              them), then count them: vocabulary, popularity, followers, scales
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from river.drift import ADWIN
+from torch import Tensor
+from torch.nn import functional as f
+
+from models.features import F32, I64, U64, EventColumns
+from models.forecaster import Forecaster, initial_weights
+from models.gru import NEVER, Moments, Network, log_probability
+from models.history import History, Users, digests, previous_events
+from models.inputs import NUMBER_COUNT, Normaliser
+from models.knowledge import Knowledge
+from models.optimiser import Optimiser
+from models.profile import EmissionSettings, advance
+from models.settings import LearningSettings, NetworkSettings
+from models.shift import GroupTable, ShiftSettings
+from models.snapshot import Weights
+from models.successors import Successors
+from models.vocabulary import Vocabulary
+
+_SILENT = EmissionSettings(policy="interval", max_events=2**31, max_age_s=1e12)
+_BATCH_EVENTS = 4_096  # larger batches are taken in parts
+_LOSSES_KEPT = 1_024  # from which the drift detector is rebuilt after a restart
+_HORIZON_WEIGHT = 0.3
+_TYPE_WEIGHT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnReport:
+    """What one call of `learn` did.
+
+    Attributes:
+        steps, events: gradient steps taken, and new events learned in them.
+        loss: mean over the steps of the first step's -log p; NaN without steps.
+        skipped_non_finite: steps whose loss or gradient was not finite; their events count as learned.
+        shed: events that were dropped unlearned since the last report because too many waited.
+    """
+
+    steps: int
+    events: int
+    loss: float
+    skipped_non_finite: int
+    shed: int
+
+
+@dataclass(kw_only=True, slots=True)
+class _Waiting:
+    """Sequence numbers of events to be learned, as ranges in order."""
+
+    ranges: deque[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return sum(end - start for start, end in self.ranges)
+
+    def add(self, start: int, end: int) -> None:
+        if self.ranges and self.ranges[-1][1] == start:
+            start = self.ranges.pop()[0]
+        if end > start:
+            self.ranges.append((start, end))
+
+    def take(self, count: int) -> I64:
+        """The oldest `count`, or as many as there are."""
+        taken = []
+        while self.ranges and count > 0:
+            start, end = self.ranges.popleft()
+            stop = min(end, start + count)
+            taken.append(np.arange(start, stop))
+            count -= stop - start
+            if stop < end:
+                self.ranges.appendleft((stop, end))
+        return np.concatenate(taken) if taken else np.zeros(0, np.int64)
+
+    def all(self) -> I64:
+        return np.concatenate([np.arange(*r) for r in self.ranges]) if self.ranges else np.zeros(0, np.int64)
+
+
+class _State(msgspec.Struct, array_like=True):
+    """What `state_bytes` holds."""
+
+    weights: bytes
+    vocabulary: bytes
+    optimiser: bytes
+    random: str
+    losses: list[float]
+    waiting: bytes
+    boost_steps: int
+    shed: int
+
+
+class Learner:
+    """See the module's docstring.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu" or "cuda[:N]".
+    """
+
+    def __init__(
+        self, network: NetworkSettings, learning: LearningSettings, *, seed: int, device: str = "auto"
+    ) -> None:
+        self._start(initial_weights(network, seed), learning, device)
+        self._random = np.random.Generator(np.random.PCG64(seed))
+
+    def _start(self, weights: Weights, learning: LearningSettings, device: str) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        self._settings, self._learning = weights.settings, learning
+        self.version = weights.version
+        tensors = weights.tensors
+        self._network = Network(weights.settings, len(tensors["vocabulary.keys"]))
+        self._network.load_state_dict(
+            {n.removeprefix("network."): torch.from_numpy(t.copy()) for n, t in tensors.items() if n[:8] == "network."}
+        )
+        self._network.to(self._device)
+        self._optimiser = Optimiser(self._network, learning)
+        self._vocabulary = Vocabulary(learning)
+        self._successors = Successors(
+            tensors["successors.follower"].copy(),
+            tensors["successors.weight"].copy(),
+            tensors["successors.total"].copy(),
+        )
+        self._normaliser = Normaliser(sums_3M=tensors["normaliser.sums"])
+        self._groups = GroupTable(ShiftSettings())
+        self._users = Users(learning.users_max)
+        self._history = History(
+            max(learning.history_events, learning.backlog_events + _BATCH_EVENTS),
+            numbers=NUMBER_COUNT + weights.settings.vector_length,
+            followers=weights.settings.successors,
+        )
+        self._waiting = _Waiting(ranges=deque())
+        self._unlearned: U64 = np.zeros(0, np.uint64)  # digests of events that waited when the state was saved
+        self._losses: deque[float] = deque(maxlen=_LOSSES_KEPT)
+        self._adwin = ADWIN()
+        self._boost_steps = 0
+        self._shed = 0
+        self._know()
+
+    def _know(self) -> None:
+        """What is counted, as it stands now."""
+        self._knowledge = Knowledge.of(
+            self._settings, self._vocabulary.find, self._vocabulary.popularity(), self._successors, self._normaliser
+        )
+
+    # ------------------------------------------------------------------ events in
+
+    def observe(self, user_key_B: U64, events: EventColumns, names: Mapping[int, str], *, learn: bool = True) -> None:
+        """Take the events of one partition, in order; with `learn` they wait to be learned, else they are history."""
+        self._vocabulary.note(names)
+        for start in range(0, len(events), _BATCH_EVENTS):
+            span = slice(start, start + _BATCH_EVENTS)
+            self._observe(user_key_B[span], events.take(span), learn)
+
+    def _observe(self, user_key_B: U64, events: EventColumns, learn: bool) -> None:
+        keys_U, user_row = np.unique(user_key_B, return_inverse=True)
+        events.user_row = user_row.astype(np.int64)
+        row_U = self._users.rows(keys_U)
+        records = self._users.records[row_U]
+        advanced = advance(records, events, self._groups, ShiftSettings(), _SILENT, np.ones(len(events), np.bool_))
+        inputs = self._knowledge.inputs(events, advanced.gap_s_B, advanced.aggregates_BA)
+        before_BH, _after, new_UH = self.forecaster().encode(
+            events, advanced.gap_s_B, advanced.aggregates_BA, records["hidden"]
+        )
+        previous_B, newest_U = previous_events(events.user_row, self._users.last_event[row_U], self._history.end)
+        digest_B = digests(user_key_B, events)
+        number_B = self._history.append(
+            events,
+            advanced.before,
+            previous_B,
+            digest_B,
+            {
+                "item": inputs.item_B,
+                "type": inputs.type_B,
+                "number": inputs.number_BN,
+                "gap_s": advanced.gap_s_B,
+                "hidden": before_BH,
+            },
+        )
+        records["hidden"] = new_UH
+        self._users.records[row_U] = records
+        self._users.last_event[row_U] = newest_U
+        if learn:
+            self._normaliser = self._normaliser.with_events(events, self._learning.popularity_half_life_events)
+            self._waiting.add(int(number_B[0]), int(number_B[-1]) + 1)
+        elif len(self._unlearned):
+            for b in np.flatnonzero(np.isin(digest_B, self._unlearned)).tolist():
+                self._waiting.add(int(number_B[b]), int(number_B[b]) + 1)
+        excess = len(self._waiting) - self._learning.backlog_events
+        if excess > 0:
+            self._count(self._waiting.take(excess))
+            self._shed += excess
+
+    # ------------------------------------------------------------------ gradients
+
+    def learn(self, max_steps: int) -> LearnReport:
+        """Up to `max_steps` steps, each on `step_events` waiting events; fewer wait on."""
+        losses: list[float] = []
+        steps = events = skipped = 0
+        while steps < max_steps and len(self._waiting) >= self._learning.step_events:
+            number_B = self._waiting.take(self._learning.step_events)
+            loss = self._step(number_B)
+            self._count(number_B)
+            steps += 1
+            events += len(number_B)
+            if np.isfinite(loss):
+                losses.append(loss)
+                self._watch(loss)
+            else:
+                skipped += 1
+        shed, self._shed = self._shed, 0
+        return LearnReport(
+            steps=steps,
+            events=events,
+            loss=float(np.mean(losses)) if losses else float("nan"),
+            skipped_non_finite=skipped,
+            shed=shed,
+        )
+
+    def _watch(self, loss: float) -> None:
+        """A rise of the loss raises the rates for a while."""
+        self._losses.append(loss)
+        before = self._adwin.estimation
+        self._adwin.update(loss)
+        if self._adwin.drift_detected and self._adwin.estimation > before:
+            self._boost_steps = self._learning.drift_boost_steps
+        elif self._boost_steps:
+            self._boost_steps -= 1
+
+    def _step(self, number_B: I64) -> float:
+        """One gradient step; the mean loss of the new events, NaN where it was skipped."""
+        replayed = self._replay(round(len(number_B) * self._learning.replay_share))
+        loss, new_loss = self._loss(number_B, replayed)
+        if loss is None:
+            return float("nan")
+        self._optimiser.zero()
+        if not torch.isfinite(loss):
+            return float("nan")
+        loss.backward()  # type: ignore[no-untyped-call]
+        boost = self._learning.drift_boost if self._boost_steps else 1.0
+        return new_loss if self._optimiser.step(boost) else float("nan")
+
+    def _replay(self, count: int) -> I64:
+        """Older events, rare interests before common ones."""
+        history = self._history
+        if not count or history.end == history.first:
+            return np.zeros(0, np.int64)
+        number_E = self._random.integers(history.first, history.end, 4 * count)
+        row_E = number_E % history.capacity
+        number_E, row_E = number_E[history.learned[row_E]], row_E[history.learned[row_E]]
+        if not len(number_E):
+            return number_E
+        vocabulary_row = self._vocabulary.find(history.interest[row_E])
+        popularity = np.where(vocabulary_row >= 0, self._knowledge.popularity_V[vocabulary_row], 1.0)
+        chance = 1.0 / np.sqrt(popularity + 1.0)
+        kept = self._random.choice(len(number_E), min(count, len(number_E)), replace=False, p=chance / chance.sum())
+        chosen: I64 = number_E[kept]
+        return chosen
+
+    def _loss(self, number_B: I64, replayed: I64) -> tuple[Tensor | None, float]:
+        """The loss of a step, and the mean of the new events' -log p of the first step."""
+        network, learning = self._network, self._learning
+        number_E = np.concatenate([number_B, replayed])
+        hidden_EH = self._burn_in(number_E)
+        if learning.dropout:
+            kept = self._random.random(hidden_EH.shape, np.float32) >= learning.dropout
+            hidden_EH = hidden_EH * self._tensor(kept.astype(np.float32) / (1.0 - learning.dropout))
+        row_E = number_E % self._history.capacity
+        gap_s_E = self._history.gap_s[row_E].copy()
+        gap_s_E[self._random.random(len(gap_s_E)) < learning.gap_dropout] = np.nan
+        key_EC, moments = self._moments(row_E, gap_s_E)
+        target_E = self._history.interest[row_E]
+        state_EH = network.at_moment(hidden_EH, moments)
+        log_p_E, known_E = self._log_p(network.step(state_EH, moments), moments, key_EC, target_E)
+        if not known_E.any():
+            return None, float("nan")
+        mask_E = self._tensor(known_E)
+        loss = -(log_p_E * mask_E).sum() / mask_E.sum()
+        new = known_E[: len(number_B)]
+        new_loss = float(-log_p_E[: len(number_B)][self._tensor(new)].detach().mean()) if new.any() else float("nan")
+        kinds = self._tensor(self._history.type[row_E])
+        loss = loss + _TYPE_WEIGHT * f.cross_entropy(network.type_logits(state_EH, moments), kinds)
+        loss = loss + _HORIZON_WEIGHT * self._horizon_loss(number_B)
+        return loss, new_loss
+
+    def _burn_in(self, number_E: I64) -> Tensor:
+        """States before these events, by the GRU over the events before them from a carried state on."""
+        history, network = self._history, self._network
+        steps = self._learning.burn_in_events
+        row_EK, count_E = history.before(number_E, steps)
+        start_E = np.where(
+            count_E > 0, row_EK[np.arange(len(row_EK)), np.maximum(count_E - 1, 0)], number_E % history.capacity
+        )
+        hidden_EH = self._tensor(history.hidden[start_E])
+        for k in range(int(count_E.max(initial=0)) - 1, -1, -1):
+            at = np.flatnonzero(count_E > k)
+            row = row_EK[at, k]
+            interest = history.interest[row]
+            embedding = self._knowledge.embedding(interest, self._vocabulary.find(interest))
+            x = network.inputs(
+                self._tensor(embedding),
+                self._tensor(history.item[row]),
+                self._tensor(history.type[row]),
+                self._tensor(history.number[row]),
+            )
+            index = self._tensor(at)
+            gru = network.gru
+            stepped = torch._VF.gru_cell(  # type: ignore[attr-defined]
+                x, hidden_EH[index], gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
+            )
+            hidden_EH = hidden_EH.index_copy(0, index, stepped)
+        return hidden_EH
+
+    def _moments(self, row_E: I64, gap_s_E: F32 | None) -> tuple[npt.NDArray[np.uint32], Moments]:
+        """As forecasts see them; what was learned before is seen with the followers of that time, not knowing itself."""
+        history = self._history
+        key_EC, moments = self._knowledge.moments(history.snapshot(row_E), gap_s_E)
+        old = np.flatnonzero(history.learned[row_E])
+        new = np.flatnonzero(~history.learned[row_E])
+        history.follower[row_E[new]] = moments.follower_EM.numpy()[new]
+        history.lift[row_E[new]] = moments.lift_EM.numpy()[new]
+        history.lift_candidate[row_E[new]] = moments.number_ECF.numpy()[new, :, -2]
+        if len(old):
+            moments.follower_EM.numpy()[old] = history.follower[row_E[old]]
+            moments.lift_EM.numpy()[old] = history.lift[row_E[old]]
+            moments.number_ECF.numpy()[old, :, -2] = history.lift_candidate[row_E[old]]
+        return key_EC, moments.to(self._device)
+
+    def _log_p(
+        self, step: Any, moments: Moments, key_EC: npt.NDArray[np.uint32], target_E: npt.NDArray[np.uint32]
+    ) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+        """log p of the targets, and which of them could be forecast at all."""
+        network, log_popularity_V = self._network, self._tensor(self._knowledge.log_popularity_V)
+        found_EC = (key_EC == target_E[:, None]) & (target_E[:, None] != 0)
+        slot_E = np.where(found_EC.any(1), found_EC.argmax(1), -1)
+        target_row_E = self._vocabulary.find(target_E).astype(np.int64)
+        known_E = (target_row_E >= 0) | (slot_E >= 0)
+        general_E = torch.full_like(step.log_gate_E, NEVER)
+        if len(log_popularity_V):
+            logit_EV = network.logits(step.state_EH, moments, log_popularity_V)
+            row_E = self._tensor(np.maximum(target_row_E, 0))
+            log_general_E = f.log_softmax(logit_EV, dim=-1).gather(1, row_E.unsqueeze(1)).squeeze(1)
+            general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
+        return log_probability(step, general_E, self._tensor(slot_E)), known_E
+
+    def _horizon_loss(self, number_B: I64) -> Tensor:
+        """The events as second, third ... of forecasts made before earlier events of their users."""
+        learning, network, history = self._learning, self._network, self._history
+        zero = torch.zeros((), device=self._device)
+        if learning.horizon_steps < 2 or not learning.horizon_share:
+            return zero
+        chosen = number_B[self._random.random(len(number_B)) < learning.horizon_share]
+        back_E = self._random.integers(1, learning.horizon_steps, len(chosen))
+        row_EK, count_E = history.before(chosen, learning.horizon_steps - 1)
+        there = count_E >= back_E
+        chosen, back_E, row_EK = chosen[there], back_E[there], row_EK[there]
+        order = np.argsort(-back_E, kind="stable")
+        chosen, back_E, row_EK = chosen[order], back_E[order], row_EK[order]
+        if not len(chosen):
+            return zero
+        row_E = row_EK[np.arange(len(chosen)), back_E - 1]
+        key_EC, moments = self._moments(row_E, None)
+        target_E = history.interest[chosen % history.capacity]
+        state_EH = network.at_moment(self._tensor(history.hidden[row_E]), moments)
+        parts = []
+        step = network.step(state_EH, moments)
+        for number in range(2, int(back_E[0]) + 2):
+            alive = int((back_E + 1 >= number).sum())
+            moments = moments.head(alive)
+            state_EH = network.next_state(step.head(alive), moments, number)
+            step = network.step(state_EH, moments)
+            due = np.flatnonzero(back_E[:alive] + 1 == number)
+            if len(due):
+                at = self._tensor(due)
+                log_p, known = self._log_p(step.pick(at), moments.pick(at), key_EC[due], target_E[due])
+                parts.append((log_p * self._tensor(known)).sum())
+        return -torch.stack(parts).sum() / len(chosen) if parts else zero
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    # ------------------------------------------------------------------ counts
+
+    def _count(self, number_B: I64) -> None:
+        """Count events once they are learned (or shed): what was counted is never seen by its own gradient."""
+        history = self._history
+        row_B = number_B % history.capacity
+        interest_B = history.interest[row_B]
+        counted = self._vocabulary.count(interest_B)
+        if len(counted.retired):
+            self._successors.clear(counted.retired)
+            self._optimiser.reset_rows(counted.retired, self._random)
+        if len(self._vocabulary) > self._network.capacity:
+            self._optimiser.grow(len(self._vocabulary), self._random)
+        self._successors.grow(len(self._vocabulary))
+        last_B = history.snapshot(row_B).ring_interest_ER[:, 0]
+        self._successors.count(
+            self._vocabulary.find(last_B), self._vocabulary.find(interest_B), self._learning.successor_decay
+        )
+        history.learned[row_B] = True
+        self._know()
+
+    # ------------------------------------------------------------------ versions
+
+    def forecaster(self) -> Forecaster:
+        """The network as it stands, on the CPU, for use in this process."""
+        network = self._network
+        if self._device.type != "cpu":
+            network = Network(self._settings, self._network.capacity)
+            network.load_state_dict({n: t.detach().cpu() for n, t in self._network.state_dict().items()})
+        return Forecaster(network, self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version, 1.0)
+
+    def weights(self) -> Weights:
+        """The current version."""
+        rows = len(self._vocabulary)
+        tensors = {f"network.{n}": t.detach().cpu().numpy() for n, t in self._network.state_dict().items()}
+        last = self._settings.hashed_rows + rows
+        tensors["network.interest"] = tensors["network.interest"][:last]
+        tensors["network.bias"] = tensors["network.bias"][:last]
+        tensors |= {
+            "vocabulary.keys": self._vocabulary.keys,
+            "vocabulary.popularity": self._vocabulary.popularity(),
+            "successors.follower": self._successors.follower_VM[:rows],
+            "successors.weight": self._successors.weight_VM[:rows],
+            "successors.total": self._successors.total_V[:rows],
+            "normaliser.sums": self._normaliser.sums_3M,
+        }
+        return Weights(
+            version=self.version, settings=self._settings, tensors=tensors, names=list(self._vocabulary.names)
+        )
+
+    def weights_bytes(self) -> bytes:
+        """The next version, serialised; `version` is its number from now on."""
+        self.version += 1
+        return self.weights().to_bytes()
+
+    def state_bytes(self) -> bytes:
+        """Everything that `restore` needs to go on, but for the histories."""
+        waiting = np.concatenate([self._history.digest[self._waiting.all() % self._history.capacity], self._unlearned])
+        return msgspec.msgpack.encode(
+            _State(
+                weights=self.weights().to_bytes(),
+                vocabulary=self._vocabulary.to_bytes(),
+                optimiser=self._optimiser.to_bytes(),
+                random=msgspec.json.encode(self._random.bit_generator.state).decode(),
+                losses=list(self._losses),
+                waiting=waiting.astype("<u8").tobytes(),
+                boost_steps=self._boost_steps,
+                shed=self._shed,
+            )
+        )
+
+    @staticmethod
+    def restore(
+        payload: bytes, network: NetworkSettings, learning: LearningSettings, *, device: str = "auto"
+    ) -> Learner:
+        """The learner that wrote the state; `observe(..., learn=False)` gives it back its histories.
+
+        Raises:
+            ValueError: the bytes are broken, or were written with other network settings.
+        """
+        try:
+            state = msgspec.msgpack.decode(payload, type=_State)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"not a learner's state: {error}") from None
+        weights = Weights.from_bytes(state.weights)
+        if weights.settings != network:
+            raise ValueError("the learner's state was written with other [network] settings; use those, or a new app")
+        learner = Learner.__new__(Learner)
+        learner._start(weights, learning, device)
+        learner._vocabulary = Vocabulary.from_bytes(state.vocabulary, learning)
+        learner._optimiser.load(state.optimiser)
+        learner._random = np.random.Generator(np.random.PCG64())
+        learner._random.bit_generator.state = msgspec.json.decode(state.random)
+        for loss in state.losses:
+            learner._losses.append(loss)
+            learner._adwin.update(loss)
+        learner._unlearned = np.frombuffer(state.waiting, "<u8").astype(np.uint64)
+        learner._boost_steps = state.boost_steps
+        learner._shed = state.shed
+        learner._know()
+        return learner

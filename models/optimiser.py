@@ -1,0 +1,127 @@
+"""The optimiser: row-wise Adagrad with a decaying sum for embeddings, AdamW for all else, and tables that grow.
+
+A plain sum of squares drives a row's rate to 0 on an endless stream; here it decays. A table that grows keeps the sums
+of its rows; a row that will stand for something else starts anew, weights and sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from models.features import I64
+from models.gru import Network
+from models.settings import LearningSettings
+
+_TABLES = ("interest", "bias", "item")  # rows of the first two stand for interests
+_SUM_START = 1e-5  # sum of squares that every row starts with: rows that see next to no gradient stay where they are
+
+
+class Optimiser:
+    """Owns the training of a Network; `grow` replaces its tables."""
+
+    def __init__(self, network: Network, learning: LearningSettings) -> None:
+        self._network = network
+        self._learning = learning
+        self._sums = {name: _sums_for(getattr(network, name)) for name in _TABLES}
+        self._dense: list[nn.Parameter] = [p for n, p in network.named_parameters() if n not in _TABLES]
+        self._adam = torch.optim.AdamW(
+            self._dense, lr=learning.rate, betas=(0.9, 0.99), weight_decay=learning.weight_decay
+        )
+        self.steps = 0
+
+    def zero(self) -> None:
+        """Forget the gradients."""
+        self._network.zero_grad(set_to_none=True)
+
+    def step(self, boost: float) -> bool:
+        """Apply the gradients; False, and nothing is changed, where they are not finite."""
+        norm = nn.utils.clip_grad_norm_(self._network.parameters(), self._learning.clip)
+        if not torch.isfinite(norm):
+            return False
+        self.steps += 1
+        factor = boost * min(1.0, self.steps / max(1, self._learning.warmup_steps))
+        for group in self._adam.param_groups:
+            group["lr"] = self._learning.rate * factor
+        self._adam.step()
+        with torch.no_grad():
+            for name in _TABLES:
+                self._step_rows(getattr(self._network, name), self._sums[name], factor)
+        return True
+
+    def _step_rows(self, table: nn.Parameter, sums_V: Tensor, factor: float) -> None:
+        if table.grad is None:
+            return
+        square_V = table.grad.square() if table.grad.dim() == 1 else table.grad.square().mean(dim=1)
+        sums_V.mul_(self._learning.accumulator_decay).add_(square_V)
+        scale_V = self._learning.embedding_rate * factor / (sums_V + _SUM_START).sqrt()
+        table.sub_(table.grad * (scale_V if table.dim() == 1 else scale_V.unsqueeze(1)))
+
+    # ------------------------------------------------------------------ rows of the vocabulary
+
+    def grow(self, rows: int, random: np.random.Generator) -> None:
+        """Have room for at least `rows` interests: twice as many as now, or more. Old rows and their sums stay."""
+        network = self._network
+        capacity = max(64, 2 * network.capacity, rows)
+        more = capacity - network.capacity
+        fresh = _fresh_rows(more, network.interest, random)
+        for name, addition in (("interest", fresh), ("bias", torch.zeros_like(fresh[:, 0]))):
+            old = getattr(network, name)
+            table = nn.Parameter(torch.cat([old.detach(), addition]))
+            sums = _sums_for(table)
+            sums[: len(old)] = self._sums[name]
+            setattr(network, name, table)
+            self._sums[name] = sums
+
+    def reset_rows(self, row_R: I64, random: np.random.Generator) -> None:
+        """These rows of the vocabulary stand for nothing any more: weights and sums start anew."""
+        at = torch.from_numpy(row_R + self._network.settings.hashed_rows).to(self._network.interest.device)
+        with torch.no_grad():
+            self._network.interest[at] = _fresh_rows(len(row_R), self._network.interest, random)
+            self._network.bias[at] = 0.0
+        self._sums["interest"][at] = 0.0
+        self._sums["bias"][at] = 0.0
+
+    # ------------------------------------------------------------------ bytes
+
+    def to_bytes(self) -> bytes:
+        """Sums, moments and steps, as `load` reads them."""
+        tensors = {f"sums.{name}": sums.cpu().contiguous() for name, sums in self._sums.items()}
+        for i, parameter in enumerate(self._dense):
+            for name, value in self._adam.state.get(parameter, {}).items():
+                tensors[f"adam.{i}.{name}"] = value.detach().cpu().contiguous()
+        tensors["steps"] = torch.tensor([self.steps])
+        return safetensors.torch.save(tensors)
+
+    def load(self, payload: bytes) -> None:
+        """Go on where `to_bytes` stood; the network has at least as many rows as then."""
+        tensors = safetensors.torch.load(payload)
+        device = self._network.interest.device
+        for name in _TABLES:
+            saved = tensors[f"sums.{name}"].to(device)
+            rows = min(len(saved), len(self._sums[name]))
+            self._sums[name][:rows] = saved[:rows]
+        for i, parameter in enumerate(self._dense):
+            state: dict[str, Any] = {
+                name: tensors[key].to("cpu" if name == "step" else device)
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if (key := f"adam.{i}.{name}") in tensors
+            }
+            if state:
+                self._adam.state[parameter] = state
+        self.steps = int(tensors["steps"][0])
+
+
+def _sums_for(table: Tensor) -> Tensor:
+    return torch.zeros(len(table), device=table.device)
+
+
+def _fresh_rows(count: int, like: Tensor, random: np.random.Generator) -> Tensor:
+    width = like.shape[1]
+    rows: npt.NDArray[np.float32] = random.standard_normal((count, width), np.float32) * np.float32(width**-0.5)
+    return torch.from_numpy(rows).to(like.device)
