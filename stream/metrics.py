@@ -13,13 +13,22 @@ All names start with `driftline_`, but for the process's own figures. docs/metri
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from stream.errors import ConfigError
@@ -57,6 +66,7 @@ batches; the `metrics` topic has the same sums batch by batch, see [topics.md](t
 
 def new_registry() -> CollectorRegistry:
     """An empty registry with the process's own figures (memory, CPU time, open files)."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter; nobody asks for it
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
@@ -191,7 +201,7 @@ class LearnerMetrics:
             "driftline_learner_skipped_steps", "Steps whose loss or gradient was not finite", registry=registry
         )
         self._shed = Counter("driftline_learner_shed_events", "Events not learned, for lag", registry=registry)
-        self._loss = Gauge("driftline_learner_loss", "Loss of the last step, nats", registry=registry)
+        self._loss = Gauge("driftline_learner_loss", "Mean loss of the last steps, nats", registry=registry)
         self._backlog = Gauge("driftline_learner_lag_records", "Records not read yet, an estimate", registry=registry)
         self._version = Gauge("driftline_learner_version", "Last version published", registry=registry)
         self._published = Counter("driftline_learner_published_bytes", "Bytes of versions published", registry=registry)
@@ -206,10 +216,11 @@ class LearnerMetrics:
         self._backlog.set(backlog_events)
         self._steps.inc(report.steps)
         self._events.inc(report.events)
-        self._skipped.inc(report.skipped)
+        self._skipped.inc(report.skipped_non_finite)
         self._shed.inc(report.shed)
         if report.steps:
-            self._loss.set(report.loss)
+            if math.isfinite(report.loss):
+                self._loss.set(report.loss)
             self._progress.add(report.events, steps=report.steps, loss=round(report.loss, 4), lag=backlog_events)
 
     def published(self, version: int, bytes_sent: int, seconds: float) -> None:

@@ -44,7 +44,10 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Portrait(msgspec.Struct, frozen=True, kw_only=True):
-    """A user's record in readable form, with the newest forecast and alerts."""
+    """A user's record in readable form, with the newest forecast and alerts.
+
+    `watch`: events over which the evidence of a shift has grown; below zero, events until it is gathered again.
+    """
 
     user: str
     partition: int
@@ -54,7 +57,7 @@ class Portrait(msgspec.Struct, frozen=True, kw_only=True):
     last_time_ms: int
     weights_version: int
     evidence: float
-    events_since_onset: int
+    watch: int
     alerts_so_far: int
     ring: list[Seen]
     profile: list[Share]
@@ -92,7 +95,7 @@ def portrait(transport: Transport, config: Config, decoder: EventDecoder, user: 
         last_time_ms=int(record["last_time_ms"]),
         weights_version=int(record["weights_version"]),
         evidence=float(record["evidence"]),
-        events_since_onset=int(record["onset_events"]),
+        watch=int(record["watch"]),
         alerts_so_far=int(record["alerts"]),
         ring=_ring(record, interests),
         profile=_profile(record, interests),
@@ -103,13 +106,13 @@ def portrait(transport: Transport, config: Config, decoder: EventDecoder, user: 
 
 def in_lines(p: Portrait) -> list[str]:
     """The portrait for a person."""
+    over = f"over {p.watch} events" if p.watch >= 0 else f"(not gathered for the next {-p.watch} events)"
     lines = [
         f"{p.user}: {p.events} events ({p.purchases} purchases) from {time_text(p.first_time_ms)} to "
         f"{time_text(p.last_time_ms)}; partition {p.partition}, weights {p.weights_version}",
         "lately: " + ", ".join(f"{s.interest}{f' ({s.type})' if s.type else ''}" for s in p.ring),
         "usually: " + ", ".join(f"{s.interest} {s.share:.0%}" for s in p.profile[:10]),
-        f"evidence of a shift: {p.evidence:.2f} nats over the last {p.events_since_onset} events; "
-        f"{p.alerts_so_far} alerts so far",
+        f"evidence of a shift: {p.evidence:.2f} nats {over}; {p.alerts_so_far} alerts so far",
     ]
     lines += [f"alert {time_text(a.detected_at_ms)}: {a.sentence}" for a in p.alerts]
     if p.forecast is not None and p.forecast.steps:

@@ -136,7 +136,7 @@ def _forecast(record: Record) -> str:
     now = ", ".join(f"{c.interest} {c.probability:.0%}" for c in first.interests[:3])
     then = " > ".join(step.interests[0].interest for step in later if step.interests)
     behaviour = max(f.next_types.items(), key=lambda item: item[1], default=None)
-    does = f" ({behaviour[0]} {behaviour[1]:.0%})" if behaviour else ""
+    does = f" ({behaviour[0]} {behaviour[1]:.0%})" if behaviour and behaviour[1] >= 0.5 else ""
     return f"{time_text(f.time_ms)}  {f.user}  next{does}: {now}" + (f"; then {then}" if then else "")
 
 

@@ -132,7 +132,7 @@ class Report:
 
     steps: int = 0
     events: int = 0
-    skipped: int = 0
+    skipped_non_finite: int = 0
     shed: int = 0
     loss: float = 0.0
 
@@ -143,7 +143,7 @@ def test_a_learners_turns_add_up(
     """Steps, events, what was skipped or shed, versions; faults are counted by name and logged as key=value."""
     registry, health, url = served
     observer = LearnerMetrics(registry, health)
-    observer.learned(Report(steps=2, events=128, skipped=1, shed=5, loss=2.5), 40)
+    observer.learned(Report(steps=2, events=128, skipped_non_finite=1, shed=5, loss=2.5), 40)
     observer.learned(Report(), 0)
     observer.published(4, 1_000, 0.1)
     with caplog.at_level(logging.INFO):
