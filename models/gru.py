@@ -144,12 +144,19 @@ class Network(nn.Module):
         data: Tensor = out.data
         return data
 
+    def encode_one(self, input_EI: Tensor, hidden_EH: Tensor) -> Tensor:
+        """States one event later."""
+        _out, last = self.gru(input_EI.unsqueeze(0), hidden_EH.unsqueeze(0))
+        after_EH: Tensor = last.squeeze(0)
+        return after_EH
+
     # ------------------------------------------------------------------ states -> what comes next
 
     def at_moment(self, hidden_EH: Tensor, moments: Moments) -> Tensor:
         """The state carried to the moment of the forecast: scaled and shifted by the time gap and its like."""
         scale_EH, shift_EH = self.project(moments.context_EG).chunk(2, dim=-1)
-        return hidden_EH * (1.0 + scale_EH) + shift_EH
+        state_EH: Tensor = hidden_EH * (1.0 + scale_EH) + shift_EH
+        return state_EH
 
     def step(self, state_EH: Tensor, moments: Moments) -> Step:
         """Copy head and gate."""

@@ -151,7 +151,8 @@ class History:
 def digests(user_key_B: U64, events: EventColumns) -> U64:
     """A number that stands for each event, the same after a restart."""
     mixed = user_key_B ^ (events.time_ms.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return mixed ^ (events.interest.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F))
+    digest_B: U64 = mixed ^ (events.interest.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F))
+    return digest_B
 
 
 def previous_events(user_row_B: I64, last_event_U: I64, first: int) -> tuple[I64, I64]:

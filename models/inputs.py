@@ -48,7 +48,8 @@ class Normaliser:
         mean = np.divide(total, count, out=np.zeros(_MEASURES), where=count > 0)
         variance = np.divide(squares, count, out=np.ones(_MEASURES), where=count > 0) - mean * mean
         scale = np.sqrt(np.where(count > 1, np.maximum(variance, 1e-4), 1.0))
-        return np.clip((x_BM - mean) / scale, -_CLIP, _CLIP).astype(np.float32)
+        scaled: F32 = np.clip((x_BM - mean) / scale, -_CLIP, _CLIP).astype(np.float32)
+        return scaled
 
 
 def _measures(events: EventColumns) -> F32:

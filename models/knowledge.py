@@ -1,4 +1,4 @@
-"""What is counted rather than trained, and travels with the weights: the vocabulary's rows, popularity, followers, scales.
+"""What is counted rather than trained, and travels with the weights: rows, popularity, followers, scales.
 
 On the way of an event: turns keys and records into the tensors of models/gru.py, the same way where forecasts are made
 and where the learner learns.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -149,7 +149,7 @@ class Learner:
         self._waiting = _Waiting(ranges=deque())
         self._unlearned: U64 = np.zeros(0, np.uint64)  # digests of events that waited when the state was saved
         self._losses: deque[float] = deque(maxlen=_LOSSES_KEPT)
-        self._adwin = ADWIN()
+        self._adwin: Any = ADWIN()  # type: ignore[no-untyped-call]
         self._boost_steps = 0
         self._shed = 0
         self._know()
@@ -171,7 +171,7 @@ class Learner:
 
     def _observe(self, user_key_B: U64, events: EventColumns, learn: bool) -> None:
         keys_U, user_row = np.unique(user_key_B, return_inverse=True)
-        events.user_row = user_row.astype(np.int64)
+        events = replace(events, user_row=user_row.astype(np.int64))
         row_U = self._users.rows(keys_U)
         records = self._users.records[row_U]
         advanced = advance(records, events, self._groups, ShiftSettings(), _SILENT, np.ones(len(events), np.bool_))
@@ -203,6 +203,7 @@ class Learner:
         elif len(self._unlearned):
             for b in np.flatnonzero(np.isin(digest_B, self._unlearned)).tolist():
                 self._waiting.add(int(number_B[b]), int(number_B[b]) + 1)
+            self._unlearned = np.setdiff1d(self._unlearned, digest_B)
         excess = len(self._waiting) - self._learning.backlog_events
         if excess > 0:
             self._count(self._waiting.take(excess))
@@ -321,15 +322,12 @@ class Learner:
                 self._tensor(history.number[row]),
             )
             index = self._tensor(at)
-            gru = network.gru
-            stepped = torch._VF.gru_cell(  # type: ignore[attr-defined]
-                x, hidden_EH[index], gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
-            )
+            stepped = network.encode_one(x, hidden_EH[index])
             hidden_EH = hidden_EH.index_copy(0, index, stepped)
         return hidden_EH
 
     def _moments(self, row_E: I64, gap_s_E: F32 | None) -> tuple[npt.NDArray[np.uint32], Moments]:
-        """As forecasts see them; what was learned before is seen with the followers of that time, not knowing itself."""
+        """As forecasts see them; what was learned before is seen with the followers of then, which do not know it."""
         history = self._history
         key_EC, moments = self._knowledge.moments(history.snapshot(row_E), gap_s_E)
         old = np.flatnonzero(history.learned[row_E])
