@@ -39,21 +39,32 @@ class ShiftSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     session_gap_s: Annotated[
         float, Meta(description="a pause longer than this ends a visit, seconds", gt=0, le=864_000)
     ] = 1_800.0
+    statistic: Annotated[
+        Literal["auto", "fixed", "learned"],
+        Meta(
+            description="what a unit of evidence is worth: fixed rule, learned log-likelihood ratio; auto = learned "
+            "where it does better on users of this stream"
+        ),
+    ] = "auto"
+    false_alarm_events: Annotated[
+        float,
+        Meta(description="requested monitored events between two false alarms; thresholds follow from it", ge=20),
+    ] = 1_000.0
     threshold: Annotated[
-        float, Meta(description="evidence that an alarm takes where nothing is calibrated yet, nats", gt=0, le=31)
+        float, Meta(description="evidence that an alarm takes where nothing is calibrated yet, nats", gt=0)
     ] = 7.0
     age_min_events: Annotated[
         int, Meta(description="no evidence is gathered before a user has this many events", ge=1, le=60_000)
     ] = 20
     refractory_events: Annotated[
-        int, Meta(description="events of the user after an alarm before evidence is gathered again", ge=0, le=60_000)
+        int, Meta(description="events of the user after an alarm before evidence is gathered again", ge=0, le=30_000)
     ] = 50
     slow_half_life_events: Annotated[
         float, Meta(description="an event counts half in the slow profile after this many newer ones", ge=4, le=2_000)
-    ] = 200.0
+    ] = 100.0
     kappa: Annotated[
         float, Meta(description="events' worth of the segment's shares mixed into a user's slow profile", gt=0)
-    ] = 20.0
+    ] = 8.0
     epsilon: Annotated[
         float, Meta(description="share of everybody's shares in the usual user's probabilities, 0..1", gt=0, lt=1)
     ] = 0.01
@@ -63,19 +74,21 @@ class ShiftSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     drift: Annotated[
         float, Meta(description="taken from every piece of evidence, so that it dies down by itself, nats", ge=0, le=4)
     ] = 0.25
-    short_share: Annotated[
-        float, Meta(description="share of the last events in what a shifted user is expected to do, 0..1", ge=0, lt=1)
-    ] = 0.0
     hold_share: Annotated[
         float,
         Meta(description="the slow profile does not learn while evidence is above this share of the threshold", gt=0),
-    ] = 0.3
+    ] = 0.15
     population_half_life_events: Annotated[
         float, Meta(description="an event counts half in everybody's shares after this many of its partition", gt=0)
     ] = 200_000.0
+    shadow_events_max: Annotated[
+        int,
+        Meta(description="events of shadow users (a hash share of all) that a partition keeps to calibrate by", ge=100),
+    ] = 32_768
+    shadow_user_events_max: Annotated[int, Meta(description="newest events kept of one shadow user", ge=50)] = 512
     group_interests_max: Annotated[
         int, Meta(description="interests (by segment) that a partition's group table keeps; the rarest go", ge=100)
-    ] = 200_000
+    ] = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,15 +1,18 @@
-"""What a partition knows across its users: how common each interest is, and how often evidence reaches which height.
+"""What a partition knows across its users: how common each interest is, the rule in force, and shadow users' histories.
 
 On the way of an event: `advance` reads the frozen part; what a batch adds travels as a delta beside the users' records
 and is applied after the commit. The frozen part changes at epoch cuts only, by `cut`, so a batch of 4,096 events equals
 4,096 batches of one. Everything gathered within an epoch is an exact integer: deltas add up in any grouping.
 
-    snapshot  msgpack of every array, names and tallies
-    delta     msgpack of (keys, counts, new names, tally places, tally counts), little endian
+    snapshot  zlib of msgpack: every array, names, the rule
+    delta     msgpack of (keys, counts, new names, tally places and counts, events of shadow users), little endian
+    shadow    users whose keyed hash lies under a limit that halves when their histories outgrow the budget; their
+              events are kept (interest, time) so that a cut can replay them: see models/shift_calibration.py
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ import numpy.typing as npt
 
 from models.features import U8, U32, U64
 from models.index import KeyIndex
+from models.shift_rule import AGES, Rule, fixed_rule
 
 if TYPE_CHECKING:
     from models.features import EventColumns
@@ -28,30 +32,72 @@ if TYPE_CHECKING:
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-AGE_EDGES = (40, 80, 160, 320, 640, 1_280)  # events; thresholds are kept by age of the user
-AGES = len(AGE_EDGES) + 1
-LEVELS = 256  # heights of evidence that are tallied
-LEVELS_PER_NAT = 8
-TALLIES = AGES * (LEVELS + 2) + 2  # reached (AGES x LEVELS), monitored (AGES), alarms (AGES), pairs, repeats
+TALLIES = 2 * AGES
+SHADOW_BITS = 20
+_SHADOW_ALL = np.uint64(1 << SHADOW_BITS)
 _UNSEEN = 0.5  # pseudo-count of an interest never seen
 _UNSEEN_INTERESTS = 1_000  # how many of them there may be
 _SEGMENT_PRIOR = 200.0  # events' worth of everybody's shares in a segment's shares
-_FORMAT = 1
+_FORMAT = 2
+_ONE_INTEREST = np.uint64(1 << 32)  # keys below are of all users, above of a segment
 
 
 class Tallies:
-    """Views on one flat array of exact counts; what is gathered for calibration and for the choice of the unit."""
+    """Views on one flat array of exact counts; what is gathered for calibration."""
 
     def __init__(self, flat: I64) -> None:
         self.flat = flat
-        self.reached_GL = flat[: AGES * LEVELS].reshape(AGES, LEVELS)
-        self.monitored_G = flat[AGES * LEVELS : AGES * (LEVELS + 1)]
-        self.alarms_G = flat[AGES * (LEVELS + 1) : AGES * (LEVELS + 2)]
-        self.pairs = flat[AGES * (LEVELS + 2) :]  # events that follow another in their session; those that repeat it
+        self.monitored_G = flat[:AGES]  # events at which an alarm could have come, by age of the user
+        self.alarms_G = flat[AGES:]
 
     @staticmethod
     def zeros() -> Tallies:
         return Tallies(np.zeros(TALLIES, np.int64))
+
+
+class Shadow:
+    """Events of the shadow users in the order of their partition: parallel arrays of key, interest and time."""
+
+    def __init__(self, key: U64, interest: U32, time_ms: I64) -> None:
+        self.key, self.interest, self.time_ms = key, interest, time_ms
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @staticmethod
+    def empty() -> Shadow:
+        return Shadow(np.zeros(0, np.uint64), np.zeros(0, np.uint32), np.zeros(0, np.int64))
+
+    @staticmethod
+    def load(parts: tuple[bytes, bytes, bytes]) -> Shadow:
+        key, interest, time_ms = (np.frombuffer(p, k) for p, k in zip(parts, ("<u8", "<u4", "<i8"), strict=True))
+        return Shadow(key.astype(np.uint64), interest.astype(np.uint32), time_ms.astype(np.int64))
+
+    def dump(self) -> tuple[bytes, bytes, bytes]:
+        return (
+            self.key.astype("<u8").tobytes(),
+            self.interest.astype("<u4").tobytes(),
+            self.time_ms.astype("<i8").tobytes(),
+        )
+
+    def join(self, later: Shadow) -> Shadow:
+        return Shadow(
+            np.concatenate([self.key, later.key]),
+            np.concatenate([self.interest, later.interest]),
+            np.concatenate([self.time_ms, later.time_ms]),
+        )
+
+    def keep(self, kept: npt.NDArray[Any]) -> Shadow:
+        return Shadow(self.key[kept], self.interest[kept], self.time_ms[kept])
+
+    def newest(self, each: int) -> Shadow:
+        """At most the newest `each` events of every user."""
+        order = np.argsort(self.key, kind="stable")
+        sorted_key = self.key[order]
+        last = np.searchsorted(sorted_key, sorted_key, side="right")
+        kept = np.zeros(len(self), np.bool_)
+        kept[order] = last - np.arange(len(self)) <= each
+        return self if kept.all() else self.keep(kept)
 
 
 class _Delta(msgspec.Struct, array_like=True):
@@ -60,25 +106,27 @@ class _Delta(msgspec.Struct, array_like=True):
     names: dict[int, str]
     places: bytes
     place_counts: bytes
+    shadow: tuple[bytes, bytes, bytes]
 
 
 class _Snapshot(msgspec.Struct, array_like=True):
     format: int
     epoch: int
+    events: int
     keys: bytes
     weights: bytes
     added: bytes
     names: dict[int, str]
     tallies: bytes
     gathered: bytes
-
-
-def _packed(keys: U64, counts: I64) -> tuple[bytes, bytes]:
-    return keys.astype("<u8").tobytes(), counts.astype("<i8").tobytes()
+    rule: Rule
+    rule_epoch: int
+    shadow_limit: int
+    shadow: tuple[bytes, bytes, bytes]
 
 
 class GroupTable:
-    """Counts by interest, for all and by segment, and tallies of evidence; see the module's docstring.
+    """Counts by interest, for all and by segment, the rule in force, tallies and shadow users; see the module's text.
 
     Example:
         >>> from models.shift import ShiftSettings
@@ -90,6 +138,7 @@ class GroupTable:
     def __init__(self, settings: ShiftSettings) -> None:
         self._settings = settings
         self.epoch = 0
+        self.events = 0  # up to the last cut
         self.names: dict[int, str] = {}
         self._keys = np.zeros(0, np.uint64)  # segment << 32 | interest; segment 0 = all
         self._weight = np.zeros(0, np.float64)  # frozen: decayed counts as of the last cut
@@ -97,8 +146,14 @@ class GroupTable:
         self._index = KeyIndex()
         self._total_S = np.zeros(256, np.float64)  # frozen: sum of weights by segment
         self._interests = 0  # frozen: interests known at the last cut
-        self.tallies = Tallies.zeros()  # of the epochs before, forgotten slowly
+        self.rule = fixed_rule(
+            by_session=settings.evidence != "event", threshold=settings.threshold, drift=settings.drift
+        )
+        self.rule_epoch = 0  # the cut at which the rule was last fitted
+        self.tallies = Tallies.zeros()  # frozen: since the rule was fitted, up to the last cut
         self.gathered = Tallies.zeros()  # since the last cut
+        self.shadow = Shadow.empty()
+        self.shadow_limit = _SHADOW_ALL
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -121,19 +176,9 @@ class GroupTable:
             return np.zeros(len(key_B))
         return np.where(row >= 0, self._weight[row], 0.0)
 
-    def thresholds(self) -> F64:
-        """Evidence that an alarm takes, by age of the user."""
-        return np.full(AGES, self._settings.threshold)
-
-    def by_session(self) -> bool:
-        """Whether evidence is gathered by session (clicks) or by event (baskets).
-
-        On click streams an event within a session mostly repeats the interest before it; the lines of a basket do not.
-        """
-        if self._settings.evidence != "auto":
-            return self._settings.evidence == "session"
-        pairs, repeats = self.tallies.pairs.tolist()
-        return bool(pairs < 200 or repeats > 0.2 * pairs)
+    def measured(self) -> tuple[float, int]:
+        """Monitored events and alarms since the rule was fitted, up to the last cut: what calibration really gives."""
+        return float(self.tallies.monitored_G.sum()), int(self.tallies.alarms_G.sum())
 
     # ------------------------------------------------------------------ what a batch adds
 
@@ -147,13 +192,18 @@ class GroupTable:
             of_segment = (events.segment[own].astype(np.uint64) << np.uint64(32)) | key_B[own]
             key_B = np.concatenate([key_B, of_segment])
         keys, counts = np.unique(key_B, return_counts=True)
-        new = {
-            int(k): names[int(k)] for k in np.unique(events.interest) if int(k) in names and int(k) not in self.names
-        }
-        flat = advanced.tallies.flat
-        places = np.flatnonzero(flat)
+        here = keys[keys < _ONE_INTEREST].tolist()
+        places = np.flatnonzero(advanced.tallies.flat)
+        shadow = Shadow(advanced.shadow_key_E, events.interest[advanced.shadow_E], events.time_ms[advanced.shadow_E])
         return msgspec.msgpack.encode(
-            _Delta(*_packed(keys, counts), new, *_packed(places.astype(np.uint64), flat[places]))
+            _Delta(
+                keys.astype("<u8").tobytes(),
+                counts.astype("<i8").tobytes(),
+                {key: names[key] for key in here if key in names and key not in self.names},
+                places.astype("<i8").tobytes(),
+                advanced.tallies.flat[places].astype("<i8").tobytes(),
+                shadow.dump(),
+            )
         )
 
     def apply_delta(self, payload: bytes) -> None:
@@ -162,18 +212,16 @@ class GroupTable:
             return
         delta = msgspec.msgpack.decode(payload, type=_Delta)
         keys = np.frombuffer(delta.keys, "<u8").astype(np.uint64)
-        counts = np.frombuffer(delta.counts, "<i8")
         row = self._index.find(keys)
         fresh = row < 0
         if fresh.any():
             first = len(self._keys)
             self._append(keys[fresh])
             row[fresh] = np.arange(first, len(self._keys), dtype=np.int32)
-        self._added[row] += counts
+        self._added[row] += np.frombuffer(delta.counts, "<i8")
         self.names.update(delta.names)
-        self.gathered.flat[np.frombuffer(delta.places, "<u8").astype(np.int64)] += np.frombuffer(
-            delta.place_counts, "<i8"
-        )
+        self.gathered.flat[np.frombuffer(delta.places, "<i8")] += np.frombuffer(delta.place_counts, "<i8")
+        self.shadow = self.shadow.join(Shadow.load(delta.shadow))
 
     def _append(self, keys: U64) -> None:
         first = len(self._keys)
@@ -185,11 +233,17 @@ class GroupTable:
     # ------------------------------------------------------------------ epochs
 
     def cut(self) -> GroupTable:
-        """The table of the next epoch: old counts decayed, new ones added, the rarest gone. This one stays as it is."""
+        """The table of the next epoch: old counts decayed, new ones added, the rarest gone, the rule fitted or tracked.
+
+        This one stays as it is.
+        """
+        from models.shift_calibration import next_rule  # here, because it runs the kernel, which reads this table
+
         settings = self._settings
         table = GroupTable(settings)
         table.epoch = self.epoch + 1
-        fresh = int(self._added[self._keys < np.uint64(1 << 32)].sum())
+        fresh = int(self._added[self._keys < _ONE_INTEREST].sum())
+        table.events = self.events + fresh
         weight = self._weight * 0.5 ** (fresh / settings.population_half_life_events) + self._added
         keys = self._keys
         if len(keys) > settings.group_interests_max:
@@ -199,10 +253,21 @@ class GroupTable:
         table._append(keys[order])
         table._weight = weight[order]
         table._recount()
-        interests = set(table._keys[table._keys < np.uint64(1 << 32)].tolist())
+        interests = set(table._keys[table._keys < _ONE_INTEREST].tolist())
         table.names = {k: n for k, n in sorted(self.names.items()) if k in interests}
-        table.tallies = Tallies(self.tallies.flat - (self.tallies.flat >> 6) + self.gathered.flat)
+        table.shadow_limit, table.shadow = self._shadow_in_budget()
+        table.rule, table.rule_epoch = self.rule, self.rule_epoch
+        table.tallies = Tallies(self.tallies.flat + self.gathered.flat)
+        next_rule(table, self.gathered, settings)
         return table
+
+    def _shadow_in_budget(self) -> tuple[np.uint64, Shadow]:
+        """Fewer users when their histories outgrow the budget, and of each only the newest events."""
+        shadow, limit = self.shadow.newest(self._settings.shadow_user_events_max), self.shadow_limit
+        while len(shadow) > self._settings.shadow_events_max and limit > 1:
+            limit = limit >> np.uint64(1)
+            shadow = shadow.keep((shadow.key >> np.uint64(64 - SHADOW_BITS)) < limit)
+        return limit, shadow
 
     def _recount(self) -> None:
         segment = (self._keys >> np.uint64(32)).astype(np.int64)
@@ -213,17 +278,25 @@ class GroupTable:
 
     def snapshot(self) -> bytes:
         """The whole table."""
-        return msgspec.msgpack.encode(
-            _Snapshot(
-                _FORMAT,
-                self.epoch,
-                self._keys.astype("<u8").tobytes(),
-                self._weight.astype("<f8").tobytes(),
-                self._added.astype("<i8").tobytes(),
-                self.names,
-                self.tallies.flat.astype("<i8").tobytes(),
-                self.gathered.flat.astype("<i8").tobytes(),
-            )
+        return zlib.compress(
+            msgspec.msgpack.encode(
+                _Snapshot(
+                    _FORMAT,
+                    self.epoch,
+                    self.events,
+                    self._keys.astype("<u8").tobytes(),
+                    self._weight.astype("<f8").tobytes(),
+                    self._added.astype("<i8").tobytes(),
+                    self.names,
+                    self.tallies.flat.astype("<i8").tobytes(),
+                    self.gathered.flat.astype("<i8").tobytes(),
+                    self.rule,
+                    self.rule_epoch,
+                    int(self.shadow_limit),
+                    self.shadow.dump(),
+                )
+            ),
+            1,
         )
 
     @staticmethod
@@ -234,22 +307,19 @@ class GroupTable:
             ValueError: the bytes are of another format, or broken.
         """
         try:
-            saved = msgspec.msgpack.decode(payload, type=_Snapshot)
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"not a group table: {error}") from None
+            saved = msgspec.msgpack.decode(zlib.decompress(payload), type=_Snapshot)
+        except (msgspec.MsgspecError, zlib.error) as error:
+            raise ValueError(f"not a group table of format {_FORMAT}: {error}") from None
         if saved.format != _FORMAT:
             raise ValueError(f"group table of format {saved.format}; this program reads format {_FORMAT}")
         table = GroupTable(settings)
-        table.epoch = saved.epoch
+        table.epoch, table.events, table.names = saved.epoch, saved.events, saved.names
         table._append(np.frombuffer(saved.keys, "<u8").astype(np.uint64))
-        table._weight = _array(saved.weights, "<f8").astype(np.float64)
-        table._added = _array(saved.added, "<i8").astype(np.int64)
-        table.names = saved.names
-        table.tallies = Tallies(_array(saved.tallies, "<i8").astype(np.int64))
-        table.gathered = Tallies(_array(saved.gathered, "<i8").astype(np.int64))
+        table._weight = np.frombuffer(saved.weights, "<f8").astype(np.float64)
+        table._added = np.frombuffer(saved.added, "<i8").astype(np.int64)
+        table.tallies = Tallies(np.frombuffer(saved.tallies, "<i8").astype(np.int64))
+        table.gathered = Tallies(np.frombuffer(saved.gathered, "<i8").astype(np.int64))
+        table.rule, table.rule_epoch = saved.rule, saved.rule_epoch
+        table.shadow_limit, table.shadow = np.uint64(saved.shadow_limit), Shadow.load(saved.shadow)
         table._recount()
         return table
-
-
-def _array(payload: bytes, kind: str) -> npt.NDArray[Any]:
-    return np.frombuffer(payload, kind).copy()

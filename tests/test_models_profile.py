@@ -99,7 +99,8 @@ def joined(parts: list[Advanced], starts: list[int]) -> Advanced:
                 **{f.name: np.concatenate([getattr(m, f.name) for m in moved]) for f in dataclasses.fields(Snapshot)}
             )
         elif isinstance(pieces[0], np.ndarray):
-            values[field.name] = np.concatenate(pieces)
+            moves = starts if field.name == "shadow_E" else [0] * len(starts)
+            values[field.name] = np.concatenate([p + m if m else p for p, m in zip(pieces, moves, strict=True)])
         else:
             values[field.name] = pieces[0]
             values[field.name].flat[:] = sum(p.flat for p in pieces)
@@ -124,7 +125,6 @@ def test_batches_of_any_size_are_bit_for_bit_equal(
         refractory_events=4,
         threshold=1.5,
         slow_half_life_events=8,
-        short_share=0.3,
     )
     emission = EmissionSettings(policy=policy, max_events=5)
     events = random_events(seed, 150, users, 40)

@@ -73,14 +73,6 @@ def test_broken_snapshots_are_refused() -> None:
         GroupTable.from_snapshot(b"\x01nonsense", QUICK)
 
 
-def test_the_unit_of_evidence_follows_the_stream() -> None:
-    """Clicks that repeat within a visit are judged by session, baskets of distinct lines by event."""
-    shift = ShiftSettings()
-    clicks = learned_groups(columns([0] * 900, np.repeat(np.arange(1, 301), 3), np.arange(900) * 1_000), shift)
-    baskets = learned_groups(columns([0] * 900, np.arange(1, 901), np.arange(900) * 1_000), shift)
-    assert clicks.by_session() and not baskets.by_session()
-
-
 def test_reasons_add_up() -> None:
     """Contributions add up to the severity, lists are bounded, and the names of the turn are there."""
     rng = np.random.default_rng(4)

@@ -1,0 +1,484 @@
+"""How the detector's rule is made, without labels: from the histories of shadow users, replayed in their real order.
+
+On the way of an event: at an epoch cut, in the partition's own group table; and in the evaluation, from the users of
+the half that is tuned on. Three steps, all by replay through the very kernel that judges live events:
+
+    fit     a logistic log-likelihood ratio of one unit of evidence: the user's own next session against a session of
+            somebody else, both seen from the user's profile at that moment
+    choose  among the fixed rules and the learned ones: the smallest mean delay (up to DELAY_MAX events) on splices made
+            of two users' histories, thresholds matched to the same rate of alarms; users that were not fitted on
+    match   thresholds by age so that the real order of real users raises one alarm in `false_alarm_events`
+
+Real users are bursty: bounds that assume independent events ask for far too little evidence, so nothing here is
+computed from a bound. What is measured live afterwards corrects the thresholds at later cuts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from models.features import I64, U32, EventColumns
+from models.profile import Advanced, replay
+from models.shift_rule import AGES, Rule, fixed_rule
+from models.walk import FEATURE_COUNT, USER
+
+if TYPE_CHECKING:
+    from models.shift import ShiftSettings
+    from models.shift_groups import GroupTable, Shadow, Tallies
+
+F64 = npt.NDArray[np.float64]
+
+DELAY_MAX = 60  # events; a splice found later counts as this
+_NEVER = 1e9  # a threshold that nothing reaches
+_SAMPLES = 6_000  # units of each kind that a fit looks at, about
+_BLOCK = 8  # events, where the unit is one event: as many of somebody else's in a row
+_UNIT_EVENTS_MAX = 60
+_FIT_USERS = 12  # fewer: nothing is fitted
+_MATCH_ALARMS = 12.0  # a threshold is matched where this many alarms are expected, and extrapolated beyond
+_POOL_ALARMS = 12.0  # alarms' worth of the common threshold in an age group's own
+_RIDGE = 1e-3
+_TAIL_MIN, _TAIL_MAX = 0.2, 2.0
+_BASE = (0, 1, 2, 3, 4, 5)
+_FEATURE_SETS = (_BASE, (*_BASE, 6), (*_BASE, 6, 7))
+_DRIFTS = (0.0, 0.15)  # taken from a learned ratio, nats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Histories:
+    """Events of some users, user by user, each in order. `share` is that of the interest among all users."""
+
+    user: I64  # 0 .. users - 1
+    interest: U32
+    time_ms: I64
+    share: F64
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def users(self) -> int:
+        return int(self.user[-1]) + 1 if len(self.user) else 0
+
+    @property
+    def first(self) -> I64:
+        """Where each user's events begin, and the end."""
+        return np.searchsorted(self.user, np.arange(self.users + 1))
+
+    def some(self, chosen_U: npt.NDArray[np.bool_]) -> Histories:
+        """Only the users where `chosen_U` is true, numbered anew."""
+        kept = chosen_U[self.user]
+        number = np.cumsum(chosen_U) - 1
+        return Histories(
+            user=number[self.user[kept]],
+            interest=self.interest[kept],
+            time_ms=self.time_ms[kept],
+            share=self.share[kept],
+        )
+
+    @staticmethod
+    def of(shadow: Shadow, table: GroupTable) -> Histories:
+        """The shadow users' histories under the table's shares."""
+        order = np.argsort(shadow.key, kind="stable")
+        _, user = np.unique(shadow.key[order], return_inverse=True)
+        interest = shadow.interest[order]
+        share, _ = table.shares(interest, np.zeros(len(interest), np.uint8))
+        return Histories(user=user.astype(np.int64), interest=interest, time_ms=shadow.time_ms[order], share=share)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Splices:
+    """Made shifts: the beginning of one user's history, then a part of another's. `at` is the first foreign event."""
+
+    runs: Histories
+    at: I64
+    window: int
+
+
+def columns(user: I64, interest: U32, time_ms: I64) -> EventColumns:
+    """Events that carry nothing but who, what and when."""
+    count = len(user)
+    missing = np.full(count, np.nan, np.float32)
+    return EventColumns(
+        user_row=user,
+        interest=interest,
+        item=np.zeros(count, np.uint32),
+        type=np.ones(count, np.uint8),
+        time_ms=time_ms,
+        price=missing,
+        dwell_s=missing,
+        rating=missing,
+        sentiment=missing,
+        segment=np.zeros(count, np.uint8),
+    )
+
+
+def run(histories: Histories, rule: Rule, settings: ShiftSettings, *, features: bool = False) -> Advanced:
+    """Replay whole histories from the users' first event on."""
+    events = columns(histories.user, histories.interest, histories.time_ms)
+    records = np.zeros(histories.users, USER)
+    return replay(records, events, histories.share, rule, settings, features=features)
+
+
+def session_starts(histories: Histories, settings: ShiftSettings) -> I64:
+    """Indices of the first events of sessions."""
+    new = np.ones(len(histories), np.bool_)
+    same = histories.user[1:] == histories.user[:-1]
+    new[1:] = ~same | (np.diff(histories.time_ms) > settings.session_gap_s * 1_000)
+    return np.flatnonzero(new)
+
+
+# ---------------------------------------------------------------------- made shifts
+
+
+def splice(
+    histories: Histories, settings: ShiftSettings, rng: np.random.Generator, *, per_user: int, window: int, after: int
+) -> Splices:
+    """Up to `per_user` made shifts a user, at session boundaries with at least `after` events of its own before."""
+    first = histories.first
+    starts = session_starts(histories, settings)
+    at_of = [starts[(starts >= first[u] + after) & (starts < first[u + 1])] for u in range(histories.users)]
+    room = first[histories.user[starts] + 1] - starts
+    donors = starts[room >= window]
+    if len(donors) and len(starts) < 2 * histories.users:  # no sessions to speak of: cut anywhere
+        rest = first[histories.user + 1] - np.arange(len(histories))
+        age = np.arange(len(histories)) - first[histories.user]
+        donors = np.flatnonzero(rest >= window)
+        at_of = [np.flatnonzero((histories.user == u) & (age >= after)) for u in range(histories.users)]
+    parts: list[I64] = []
+    times: list[I64] = []
+    at: list[int] = []
+    for user in range(histories.users):
+        cuts = np.append(at_of[user], first[user + 1]) if first[user + 1] - first[user] >= after else at_of[user]
+        for _ in range(per_user if len(cuts) and len(donors) else 0):
+            cut, donor = int(rng.choice(cuts)), int(rng.choice(donors))
+            if histories.user[donor] == user:
+                continue
+            own, foreign = np.arange(first[user], cut), np.arange(donor, donor + window)
+            before_ms = int(histories.time_ms[cut - 1])
+            same = donor > first[histories.user[donor]]
+            pause_ms = int(histories.time_ms[donor] - histories.time_ms[donor - 1]) if same else 86_400_000
+            moved = histories.time_ms[foreign] - histories.time_ms[donor] + before_ms + max(0, pause_ms)
+            parts.append(np.concatenate([own, foreign]))
+            times.append(np.concatenate([histories.time_ms[own], moved]))
+            at.append(len(own))
+    if not parts:
+        return Splices(
+            runs=histories.some(np.zeros(histories.users, np.bool_)), at=np.zeros(0, np.int64), window=window
+        )
+    index = np.concatenate(parts)
+    runs = Histories(
+        user=np.repeat(np.arange(len(parts)), [len(p) for p in parts]),
+        interest=histories.interest[index],
+        time_ms=np.concatenate(times),
+        share=histories.share[index],
+    )
+    return Splices(runs=runs, at=np.array(at, np.int64), window=window)
+
+
+def delays(splices: Splices, alarm_B: npt.NDArray[np.bool_], refractory: int) -> tuple[F64, npt.NDArray[np.bool_]]:
+    """Events from each made shift to the first alarm after it (inf: none in the window), and which count.
+
+    A splice counts unless an alarm just before it had silenced the detector.
+    """
+    first = splices.runs.first
+    delay = np.full(len(splices.at), np.inf)
+    counts = np.ones(len(splices.at), np.bool_)
+    place = np.flatnonzero(alarm_B)
+    runs = splices.runs.user[place]
+    since = place - first[runs] - splices.at[runs]
+    counts[runs[(since < 0) & (since >= -refractory)]] = False
+    found = since >= 0
+    np.minimum.at(delay, runs[found], since[found] + 1.0)
+    return delay, counts
+
+
+# ---------------------------------------------------------------------- fit
+
+
+def fit(
+    histories: Histories, rule: Rule, settings: ShiftSettings, chosen: Sequence[int], rng: np.random.Generator
+) -> tuple[float, ...]:
+    """Coefficients of the log-likelihood ratio of one unit, somebody else's against the user's own."""
+    own, foreign = _units(histories, _with(rule, _NEVER), settings, rng)
+    x = np.concatenate([own, foreign])[:, list(chosen)]
+    y = np.concatenate([np.zeros(len(own)), np.ones(len(foreign))])
+    weight = np.concatenate([np.full(len(own), 0.5 / len(own)), np.full(len(foreign), 0.5 / len(foreign))])
+    coefficients = np.zeros(FEATURE_COUNT + 1)
+    fitted = _logistic(x, y, weight)
+    coefficients[list(chosen)] = fitted[:-1]
+    coefficients[-1] = fitted[-1]
+    return tuple(coefficients.tolist())
+
+
+def _units(histories: Histories, rule: Rule, settings: ShiftSettings, rng: np.random.Generator) -> tuple[F64, F64]:
+    """Features of units of evidence: the users' own, and others' seen from the same records."""
+    starts, ends, ordinal = _blocks(histories, rule, settings)
+    age = starts - histories.first[histories.user[starts]]
+    wanted = (age >= settings.age_min_events) & (ends > starts)
+    wanted &= rng.random(len(starts)) < _SAMPLES / max(1, int(wanted.sum()) * (1 if rule.by_session else _BLOCK))
+    records = np.zeros(histories.users, USER)
+    own: list[F64] = []
+    foreign: list[F64] = []
+    by_round = np.argsort(ordinal, kind="stable")
+    edges = np.searchsorted(ordinal[by_round], np.arange(int(ordinal.max(initial=-1)) + 2))
+    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        mine = by_round[begin:end]
+        sampled = mine[wanted[mine]]
+        others = rng.integers(0, len(starts), len(sampled))
+        others = np.where(histories.user[starts[others]] == histories.user[starts[sampled]], -1, others)
+        sampled, others = sampled[others >= 0], others[others >= 0]
+        both = np.concatenate([records, records[histories.user[starts[sampled]]]])
+        index, row, time_ms, last = _round(histories, starts, ends, mine, sampled, others)
+        events = columns(row, histories.interest[index], time_ms)
+        done = replay(both, events, histories.share[index], rule, settings, features=bool(len(sampled)))
+        records = both[: histories.users]
+        if len(sampled):
+            is_own = row < histories.users
+            take = last if rule.by_session else np.ones(len(row), np.bool_)
+            of_sampled = np.isin(row, histories.user[starts[sampled]]) & is_own
+            own.append(done.features_BF[take & of_sampled].astype(np.float64))
+            foreign.append(done.features_BF[take & ~is_own].astype(np.float64))
+    empty = np.zeros((0, FEATURE_COUNT))
+    return np.concatenate([empty, *own]), np.concatenate([empty, *foreign])
+
+
+def _blocks(histories: Histories, rule: Rule, settings: ShiftSettings) -> tuple[I64, I64, I64]:
+    """Where units begin and end, and the how-manieth of its user each is."""
+    first = histories.first
+    if rule.by_session:
+        starts = session_starts(histories, settings)
+    else:
+        starts = np.flatnonzero((np.arange(len(histories)) - first[histories.user]) % _BLOCK == 0)
+    ends = np.append(starts[1:], len(histories))
+    owner = histories.user[starts]
+    ordinal = np.arange(len(starts)) - np.searchsorted(owner, owner)
+    return starts, ends, ordinal
+
+
+def _round(
+    histories: Histories, starts: I64, ends: I64, mine: I64, sampled: I64, others: I64
+) -> tuple[I64, I64, I64, npt.NDArray[np.bool_]]:
+    """One unit of every user, and for the sampled ones somebody else's on a copy of the record."""
+    parts = [np.arange(starts[m], ends[m]) for m in mine.tolist()]
+    rows = [histories.user[starts[m]] for m in mine.tolist()]
+    shifts = [0] * len(parts)
+    for i, (m, o) in enumerate(zip(sampled.tolist(), others.tolist(), strict=True)):
+        parts.append(np.arange(starts[o], min(ends[o], starts[o] + _UNIT_EVENTS_MAX)))
+        rows.append(histories.users + i)
+        shifts.append(int(histories.time_ms[starts[m]] - histories.time_ms[starts[o]]))
+    lengths = [len(p) for p in parts]
+    index = np.concatenate(parts)
+    last = np.zeros(len(index), np.bool_)
+    last[np.cumsum(lengths) - 1] = True
+    time_ms = histories.time_ms[index] + np.repeat(np.array(shifts, np.int64), lengths)
+    return index, np.repeat(np.array(rows, np.int64), lengths), time_ms, last
+
+
+def _logistic(x: F64, y: F64, weight: F64) -> F64:
+    """Ridge logistic regression by Newton's method; coefficients on the given scale, the constant last."""
+    mean, spread = x.mean(axis=0), x.std(axis=0)
+    spread[spread < 1e-9] = 1.0
+    z = np.column_stack([(x - mean) / spread, np.ones(len(x))])
+    ridge = _RIDGE * np.eye(z.shape[1])
+    ridge[-1, -1] = 1e-9
+    b = np.zeros(z.shape[1])
+    for _ in range(30):
+        p = 1.0 / (1.0 + np.exp(-np.clip(z @ b, -30, 30)))
+        step = np.linalg.solve(
+            (z * (weight * p * (1 - p))[:, None]).T @ z + ridge, z.T @ (weight * (p - y)) + ridge @ b
+        )
+        b -= step
+        if np.abs(step).max() < 1e-6:
+            break
+    scaled = b[:-1] / spread
+    return np.append(scaled, b[-1] - scaled @ mean)
+
+
+# ---------------------------------------------------------------------- match
+
+
+def _with(rule: Rule, threshold: float | Sequence[float]) -> Rule:
+    flat = (threshold,) * AGES if isinstance(threshold, float) else tuple(threshold)
+    return msgspec.structs.replace(rule, thresholds=flat)
+
+
+def alarm_rate(histories: Histories, rule: Rule, settings: ShiftSettings) -> tuple[float, float]:
+    """(monitored events, alarms) of a replay in real order."""
+    tallies = run(histories, rule, settings).tallies
+    return float(tallies.monitored_G.sum()), float(tallies.alarms_G.sum())
+
+
+def match(histories: Histories, rule: Rule, settings: ShiftSettings, false_alarm_events: float) -> Rule:
+    """The rule with one threshold for all ages at which real order raises one alarm in `false_alarm_events`.
+
+    Where too few alarms are expected for that, a lower rate is matched and the threshold extrapolated along the tail.
+    """
+    monitored, _ = alarm_rate(histories, _with(rule, _NEVER), settings)
+    reachable = max(20.0, monitored / _MATCH_ALARMS)
+    target = min(false_alarm_events, reachable)
+    threshold = _bisect(histories, rule, settings, target)
+    lower = _bisect(histories, rule, settings, max(10.0, target / 3.0), top=threshold)
+    tail = math.log(3.0) / max(threshold - lower, 1e-3)
+    tail = min(_TAIL_MAX, max(_TAIL_MIN, tail))
+    threshold += max(0.0, math.log(false_alarm_events / target)) / tail
+    return msgspec.structs.replace(_with(rule, threshold), tail=tail, false_alarm_events=false_alarm_events)
+
+
+def _bisect(histories: Histories, rule: Rule, settings: ShiftSettings, target: float, top: float = 0.0) -> float:
+    """The smallest flat threshold with at most one alarm in `target` monitored events, to about a hundredth."""
+    low, high = 0.0, top or 8.0
+    for _ in range(0 if top else 6):
+        monitored, alarms = alarm_rate(histories, _with(rule, high), settings)
+        if monitored >= alarms * target:
+            break
+        low, high = high, 2.0 * high
+    for _ in range(20):
+        if high - low < 0.005 * high + 0.005:
+            break
+        middle = (low + high) / 2.0
+        monitored, alarms = alarm_rate(histories, _with(rule, middle), settings)
+        low, high = (low, middle) if monitored >= alarms * target else (middle, high)
+    return high
+
+
+def match_ages(histories: Histories, rule: Rule, settings: ShiftSettings) -> Rule:
+    """Thresholds by age from a rule that is matched for all ages together; ages with few alarms stay near the rest."""
+    target = rule.false_alarm_events
+    base = rule.thresholds[0]
+    offsets = np.zeros(AGES)
+    for _ in range(3):
+        tallies = run(histories, _with(rule, (base + offsets).tolist()), settings).tallies
+        expected = tallies.monitored_G / target
+        step = np.log((tallies.alarms_G + _POOL_ALARMS) / (expected + _POOL_ALARMS)) / rule.tail
+        offsets = np.maximum(offsets + step, -0.75 * base)
+    shift = 0.0
+    for _ in range(4):  # the whole must still keep the rate
+        monitored, alarms = alarm_rate(histories, _with(rule, (base + offsets + shift).tolist()), settings)
+        expected_all = monitored / target
+        shift += 0.7 * math.log((alarms + 3.0) / (expected_all + 3.0)) / rule.tail
+    return _with(rule, np.maximum(base + offsets + shift, 0.05).tolist())
+
+
+# ---------------------------------------------------------------------- choose
+
+
+def candidates(settings: ShiftSettings) -> Iterator[tuple[Rule, tuple[int, ...], float]]:
+    """(rule without coefficients, features to fit, drift of the learned ratio); no features: a fixed rule."""
+    for by_session in (True, False):
+        if settings.evidence not in ("auto", "session" if by_session else "event"):
+            continue
+        for short_share in (0.0, 0.3):
+            rule = fixed_rule(
+                by_session=by_session, threshold=settings.threshold, drift=settings.drift, short_share=short_share
+            )
+            if settings.statistic != "learned":
+                yield rule, (), 0.0
+            if settings.statistic == "fixed" or (by_session and short_share):
+                continue
+            learned = msgspec.structs.replace(rule, name="learned-" + rule.name)
+            for features in _FEATURE_SETS:
+                for drift in _DRIFTS:
+                    yield learned, features, drift
+
+
+def calibrate(
+    histories: Histories,
+    settings: ShiftSettings,
+    rng: np.random.Generator,
+    *,
+    per_user: int = 2,
+    keep: Rule | None = None,
+) -> Rule:
+    """Fit, choose and match; see the module's docstring.
+
+    Args:
+        keep: choose only between a refit of this rule and its fixed form.
+
+    Raises:
+        ValueError: too few users with a history to learn from.
+    """
+    if histories.users < _FIT_USERS:
+        raise ValueError(f"{histories.users} users with a history; {_FIT_USERS} are needed")
+    half = rng.permutation(histories.users) % 2 == 0
+    fitted_on, judged_on = histories.some(half), histories.some(~half)
+    splices = splice(judged_on, settings, rng, per_user=per_user, window=DELAY_MAX, after=settings.age_min_events + 10)
+    monitored, _ = alarm_rate(judged_on, fixed_rule(by_session=True, threshold=_NEVER, drift=0.25), settings)
+    common = min(settings.false_alarm_events, max(50.0, monitored / (2 * _MATCH_ALARMS)))
+    best: tuple[float, Rule, tuple[int, ...], float] | None = None
+    for rule, features, drift in candidates(settings):
+        if keep is not None and (rule.by_session, rule.short_share) != (keep.by_session, keep.short_share):
+            continue
+        trial = _learned(fitted_on, rule, settings, features, drift, np.random.default_rng(0))
+        loss = mean_delay(splices, match(judged_on, trial, settings, common), settings)
+        if best is None or loss < best[0]:
+            best = (loss, rule, features, drift)
+    assert best is not None, "there is always a fixed rule"
+    _, rule, features, drift = best
+    chosen = _learned(histories, rule, settings, features, drift, np.random.default_rng(0))
+    return match_ages(histories, match(histories, chosen, settings, settings.false_alarm_events), settings)
+
+
+def _learned(
+    histories: Histories,
+    rule: Rule,
+    settings: ShiftSettings,
+    features: tuple[int, ...],
+    drift: float,
+    rng: np.random.Generator,
+) -> Rule:
+    if not features:
+        return rule
+    coefficients = fit(histories, rule, settings, features, rng)
+    return msgspec.structs.replace(rule, coefficients=(*coefficients[:-1], coefficients[-1] - drift))
+
+
+def mean_delay(splices: Splices, rule: Rule, settings: ShiftSettings) -> float:
+    """Mean events to an alarm after a made shift, at most DELAY_MAX each."""
+    delay, counts = delays(splices, run(splices.runs, rule, settings).alert_B, settings.refractory_events)
+    return float(np.minimum(delay[counts], DELAY_MAX).mean()) if counts.any() else float(DELAY_MAX)
+
+
+# ---------------------------------------------------------------------- at an epoch cut
+
+_FIRST_MONITORED = 1_000  # monitored events of shadow users before the first rule is made
+_TRACK_ALARMS = 8.0
+_TRACK_STEP_MAX = 0.7  # nats at one cut
+
+
+def next_rule(table: GroupTable, gathered: Tallies, settings: ShiftSettings) -> None:
+    """Give a table at its cut the rule of the next epoch: fitted anew when the events have doubled, else tracked.
+
+    Args:
+        gathered: tallies of the epoch that ends.
+    """
+    shadow = Histories.of(table.shadow, table)
+    ages = np.diff(shadow.first)
+    usable = ages >= settings.age_min_events + 10
+    monitored = int(np.maximum(ages - settings.age_min_events, 0)[usable].sum())
+    due = table.rule_epoch == 0 or table.events >= 2 * table.rule_epoch
+    if due and monitored >= _FIRST_MONITORED and int(usable.sum()) >= _FIT_USERS:
+        table.rule = calibrate(shadow.some(usable), settings, np.random.default_rng(table.epoch))
+        table.rule_epoch = table.events
+        table.tallies = type(gathered).zeros()
+    elif table.rule.false_alarm_events:
+        table.rule = track(table.rule, gathered.monitored_G, gathered.alarms_G)
+
+
+def track(rule: Rule, monitored_G: I64, alarms_G: I64) -> Rule:
+    """Thresholds moved so that the rate measured live comes nearer to the requested one.
+
+    Source: the idea of adaptive conformal inference (Gibbs and Candes, arXiv 2106.00170): a threshold that follows its
+    own errors holds its rate in the long run whatever the stream does.
+    """
+    expected_G = monitored_G / rule.false_alarm_events
+    of_age = np.log((alarms_G + _TRACK_ALARMS) / (expected_G + _TRACK_ALARMS))
+    of_all = math.log((float(alarms_G.sum()) + _TRACK_ALARMS) / (float(expected_G.sum()) + _TRACK_ALARMS))
+    step = np.clip((of_age + of_all) / 2.0 / rule.tail, -_TRACK_STEP_MAX, _TRACK_STEP_MAX)
+    return _with(rule, np.maximum(rule.thresholds_G() + step, 0.05).tolist())

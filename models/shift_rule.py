@@ -1,0 +1,53 @@
+"""The rule by which the detector turns a unit of evidence into nats, and the evidence that an alarm takes.
+
+On the way of an event: frozen in a partition's group table within an epoch; made by models/shift_calibration.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from models.walk import AGE_EDGES, FEATURE_COUNT
+
+AGES = len(AGE_EDGES) + 1
+
+
+class Rule(Struct, frozen=True, kw_only=True):
+    """One detector.
+
+    Attributes:
+        name: event, session (the fixed rules), or learned-event, learned-session.
+        by_session: the unit of evidence: a session, or one event.
+        short_share: share of the user's last events in what a shifted user is expected to do.
+        drift: taken from the log-likelihood ratio of every distinct interest, nats.
+        coefficients: of the unit's features (models/walk.py), then the constant; a fixed rule takes the first as it is.
+        thresholds: evidence that an alarm takes, by age of the user.
+        tail: how fast alarms get rarer with the threshold: log rate per nat, > 0.
+        false_alarm_events: requested events between alarms; 0 = the thresholds are not calibrated.
+    """
+
+    name: str
+    by_session: bool
+    short_share: float
+    drift: float
+    coefficients: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    tail: float = 1.0
+    false_alarm_events: float = 0.0
+
+    def thresholds_G(self) -> npt.NDArray[np.float64]:
+        return np.array(self.thresholds)
+
+
+def fixed_rule(*, by_session: bool, threshold: float, drift: float, short_share: float = 0.0) -> Rule:
+    """The rule that nothing was learned for: the summed ratio over the square root of the number of interests."""
+    return Rule(
+        name="session" if by_session else "event",
+        by_session=by_session,
+        short_share=short_share,
+        drift=drift,
+        coefficients=(1.0,) + (0.0,) * FEATURE_COUNT,
+        thresholds=(threshold,) * AGES,
+    )

@@ -1,0 +1,595 @@
+"""The record of one user, byte for byte, and the compiled walk that changes it, event by event.
+
+On the way of an event: `advance` (models/profile.py) hands a batch to `walk`. What lies in a record is what goes to the
+`state` topic.
+
+    record (USER dtype), see the comments there
+      key            keyed hash of the user id, 0 = none
+      hidden         GRU state after the user's last event (written by the network, not here)
+      ring_*         the last RING events, circular: the newest is at (events - 1) % RING
+      slow_*         the slow profile: up to PROFILE interests with exponentially decayed weights, as logarithms:
+                     decay is a subtraction of integers, the same in a batch of any size
+      detector       evidence, session_*, usual, watch: 16 bytes
+      averages, times, counters
+
+Order within one event: end of the unit of evidence before (a session, or one event) -> evidence of the unit under way,
+from the record BEFORE the event -> alarm -> ring -> slow profile (unless held) -> averages -> is a forecast due?
+
+Everything compiled is in this one file, constants included: the cache of the compiler sees no other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from models.features import F32, I64, U8
+
+F64 = npt.NDArray[np.float64]
+
+AGE_EDGES = (40, 80, 160, 320, 640, 1_280)  # events; thresholds are kept by age of the user
+RING = 16  # a power of two
+PROFILE = 32
+HIDDEN = 64
+
+# A ring entry's type byte: 5 bits of type, 3 flags.
+TYPE_MASK = 31
+SESSION_START = 32
+COUNTED = 64  # its evidence entered the detector: the first event of its interest in the unit
+HELD = 128  # it has not entered the slow profile
+
+# Bits of `user_flags`.
+_DWELL_KNOWN = 1
+_PRICE_KNOWN = 2
+
+GAP_SCALE = 2_048.0  # ring_gap = round(GAP_SCALE * log2(1 + seconds))
+WEIGHT_SCALE = 2_048.0  # slow_weight = round(WEIGHT_SCALE * log2(weight)) + _WEIGHT_BASE, 0 = free; see `weight_of`
+_WEIGHT_BASE = 32_768.0  # so weights reach from 2^-16 to 2^16
+
+# Why a forecast is due.
+EMIT_EVERY, EMIT_TOP_CHANGED, EMIT_ALERT, EMIT_STALE = 1, 2, 4, 8
+
+AGGREGATES = (
+    "log_events",  # log(1 + events so far)
+    "log_dwell",  # log(1 + mean dwell in seconds), recent events weigh more
+    "log_price",  # mean log(1 + price), recent events weigh more
+    "purchase_share",  # purchases / events
+    "log_since_purchase",  # log(1 + seconds from the last purchase to the last event)
+    "ring_browse",  # shares of the types among the events in the ring
+    "ring_cart",
+    "ring_purchase",
+    "ring_other",
+    "ring_same",  # share of the events in the ring that have the last one's interest
+)
+AGGREGATE_COUNT = len(AGGREGATES)
+FEATURES = (  # of the unit of evidence under way: a session, or a single event
+    "mean",  # sum / sqrt(distinct)
+    "sum",  # log-likelihood ratios of its distinct interests, each less the drift
+    "log_distinct",
+    "known",  # share of its distinct interests that the slow profile knows
+    "covered",  # sqrt of the share of the slow profile that they make up
+    "best",  # sqrt of the largest share of one of them
+    "log_learned",  # log(1 + decayed count of events in the slow profile)
+    "usual",  # what the user's units usually come to
+)
+FEATURE_COUNT = len(FEATURES)
+
+
+def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -> np.dtype[Any]:
+    """The record of one user. Field names are the format: blocks carry the field list and are migrated by name.
+
+    Wide fields come first and the length is a multiple of 8, so that every field of every record is aligned.
+    """
+    layout: list[Any] = [
+        ("key", "<u8"),
+        ("first_time_ms", "<i8"),
+        ("last_time_ms", "<i8"),  # of the newest event; a small step back in time does not turn it back
+        ("last_purchase_ms", "<i8"),
+        ("emitted_time_ms", "<i8"),  # event time of the last forecast
+        ("hidden", "<f4", (hidden,)),
+        ("ring_interest", "<u4", (ring,)),
+        ("slow_interest", "<u4", (profile,)),  # 0 = free slot
+        ("slow_total", "<f4"),  # decayed count of all events learned, also of interests that fell out of the profile
+        ("evidence", "<f4"),  # W, the CUSUM over the units before the one under way
+        ("session_sum", "<f4"),  # log-likelihood ratios of the unit under way, summed over its distinct interests
+        ("mean_dwell_s", "<f4"),
+        ("mean_log_price", "<f4"),
+        ("events", "<u4"),
+        ("emitted_interest", "<u4"),  # top interest by the cheap score when the last forecast was emitted
+        ("emitted_event", "<u4"),  # `events` at that moment
+        ("weights_version", "<u4"),  # of the network that wrote `hidden`
+        ("block", "<u4"),  # number of the newest state block that holds this record
+        ("dedupe", "<u4", (4,)),  # hashes of the last event ids, where deduplication is on
+        ("ring_gap", "<u2", (ring,)),  # round(2048 * log2(1 + seconds since the user's event before)), clipped
+        ("slow_weight", "<u2", (profile,)),  # logarithm of the decayed count, see `weight_of`; as of the last event
+        ("watch", "<i2"),  # n >= 0: events since the evidence was last 0; -n: events until evidence is gathered again
+        ("session_share", "<u2"),  # share of the slow profile that the unit's interests make up, in 1/65535
+        ("alerts", "<u2"),
+        ("purchases", "<u2"),
+        ("ring_type", "u1", (ring,)),  # type and flags, see TYPE_MASK
+        ("session_count", "u1"),  # distinct interests in the unit under way
+        ("session_known", "u1"),  # those of them that the slow profile knows
+        ("session_best", "u1"),  # largest share of one of them in the slow profile, in 1/255
+        ("usual", "i1"),  # running mean of the units' evidence, in 1/32 nats
+        ("user_flags", "u1"),
+        ("segment", "u1"),
+    ]
+    size = np.dtype(layout).itemsize
+    if size % 8:
+        layout.append(("spare", "u1", (8 - size % 8,)))
+    return np.dtype(layout)
+
+
+USER = user_dtype()
+
+
+# ---------------------------------------------------------------------- what the kernel takes and gives
+
+
+class EventView(NamedTuple):
+    """A batch as the kernel reads it."""
+
+    user_row: Any
+    interest: Any
+    type: Any
+    time_ms: Any
+    price: Any
+    dwell_s: Any
+    segment: Any
+    q_all: F64  # share of the event's interest among all users
+    q_segment: F64  # and in the user's segment
+    score: Any
+
+
+class Out(NamedTuple):
+    """What the kernel writes for each event."""
+
+    ratio: F32
+    evidence: F32
+    alert: Any
+    threshold: F32
+    onset_events: I64
+    emit: U8
+    gap_s: F32
+    aggregates: F32
+    features: F32  # of length 0 where nobody wants them
+
+
+class Room(NamedTuple):
+    """Space for snapshots; the fields of Snapshot."""
+
+    event_E: Any
+    ring_interest_ER: Any
+    ring_gap_ER: Any
+    ring_type_ER: Any
+    slow_interest_EP: Any
+    slow_share_EP: Any
+    slow_total_E: Any
+    events_E: Any
+    last_time_ms_E: Any
+    aggregates_EA: Any
+
+
+class Parameters(NamedTuple):
+    """Settings and the rule in force, as plain numbers."""
+
+    by_session: bool
+    session_gap_ms: int
+    decay_code: int
+    decay: float
+    kappa: float
+    epsilon: float
+    clip: float
+    drift: float
+    short_share: float
+    age_min: int
+    refractory: int
+    hold_share: float
+    policy: int
+    max_events: int
+    max_age_ms: int
+    change_margin: float
+    recent_decay: float
+    coefficients_F: F64  # of FEATURES, then the constant
+
+
+# ---------------------------------------------------------------------- the kernel
+
+_AGE_EDGES = np.array(AGE_EDGES, np.int64)
+_LAST = RING - 1
+_SHARE_SCALE = 65_535.0
+_BEST_SCALE = 255.0
+_USUAL_SCALE = 32.0
+_USUAL_RATE = 0.2
+_KNOWN_WEIGHT = 0.5  # decayed count from which the slow profile knows an interest
+_BACK_MS_MAX = 3_600_000  # a longer step back in time is a clock that was wrong before, and is followed
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def weight_of(code: int) -> float:
+    """The decayed count that a slow_weight stands for; 0 for 0."""
+    return math.exp2((code - _WEIGHT_BASE) / WEIGHT_SCALE) if code > 0 else 0.0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _code_of(weight: float) -> int:
+    return int(min(65_535.0, max(1.0, round(WEIGHT_SCALE * math.log2(weight) + _WEIGHT_BASE))))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def gap_seconds(code: int) -> float:
+    """Seconds that a ring_gap stands for."""
+    return math.exp2(code / GAP_SCALE) - 1.0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _aggregate(user: Any, out_A: Any) -> None:
+    events = int(user.events)
+    out_A[0] = math.log1p(events)
+    out_A[1] = math.log1p(user.mean_dwell_s) if user.user_flags & _DWELL_KNOWN else np.nan
+    out_A[2] = user.mean_log_price if user.user_flags & _PRICE_KNOWN else np.nan
+    out_A[3] = user.purchases / events if events else np.nan
+    out_A[4] = np.nan
+    if user.purchases > 0:
+        out_A[4] = math.log1p(max(0, user.last_time_ms - user.last_purchase_ms) / 1000.0)
+    n = min(events, RING)
+    last = user.ring_interest[(events - 1) & _LAST]
+    browse = cart = purchase = same = 0
+    for i in range(n):
+        kind = user.ring_type[i] & TYPE_MASK
+        browse += kind == 1
+        cart += kind == 2
+        purchase += kind == 3
+        same += user.ring_interest[i] == last
+    if n:
+        out_A[5] = browse / n
+        out_A[6] = cart / n
+        out_A[7] = purchase / n
+        out_A[8] = (n - browse - cart - purchase) / n
+        out_A[9] = same / n
+    else:
+        out_A[5:10] = np.nan
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _keep(user: Any, event: int, room: Any, e: int) -> None:
+    """Write the record of user `u` as snapshot `e`."""
+    events = int(user.events)
+    room.event_E[e] = event
+    for i in range(RING):
+        if i < events:
+            slot = (events - 1 - i) & _LAST
+            room.ring_interest_ER[e, i] = user.ring_interest[slot]
+            room.ring_gap_ER[e, i] = user.ring_gap[slot]
+            room.ring_type_ER[e, i] = user.ring_type[slot] & TYPE_MASK
+        else:
+            room.ring_interest_ER[e, i] = 0
+            room.ring_gap_ER[e, i] = 0
+            room.ring_type_ER[e, i] = 0
+    total = max(user.slow_total, 1e-9)
+    for p in range(PROFILE):
+        room.slow_interest_EP[e, p] = user.slow_interest[p]
+        room.slow_share_EP[e, p] = min(1.0, weight_of(user.slow_weight[p]) / total)
+    room.slow_total_E[e] = user.slow_total
+    room.events_E[e] = user.events
+    room.last_time_ms_E[e] = user.last_time_ms
+    _aggregate(user, room.aggregates_EA[e])
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _slow_weight(user: Any, interest: int) -> float:
+    for p in range(PROFILE):
+        if user.slow_interest[p] == interest:
+            return float(weight_of(user.slow_weight[p]))
+    return 0.0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _learn_slow(user: Any, interest: int, weight: float) -> None:
+    """Add `weight` to an interest of the slow profile; the lightest one makes room."""
+    lightest = 0
+    for p in range(PROFILE):
+        if user.slow_interest[p] == interest:
+            user.slow_weight[p] = _code_of(weight_of(user.slow_weight[p]) + weight)
+            user.slow_total += weight
+            return
+        if user.slow_weight[p] < user.slow_weight[lightest]:
+            lightest = p
+    user.slow_interest[lightest] = interest
+    user.slow_weight[lightest] = _code_of(weight)
+    user.slow_total += weight
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _decay_slow(user: Any, decay_code: int, decay: float) -> None:
+    for p in range(PROFILE):
+        code = int(user.slow_weight[p])
+        if code > decay_code:
+            user.slow_weight[p] = code - decay_code
+        elif code > 0:
+            user.slow_weight[p] = 0
+            user.slow_interest[p] = 0
+    user.slow_total *= decay
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _counted_in_session(user: Any, interest: int) -> bool:
+    """Whether the session under way has counted this interest, as far back as the ring reaches."""
+    events = int(user.events)
+    for i in range(min(events, RING)):
+        slot = (events - 1 - i) & _LAST
+        if user.ring_interest[slot] == interest:
+            return True
+        if user.ring_type[slot] & SESSION_START:
+            return False
+    return False
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _short_share(user: Any, interest: int) -> float:
+    n = min(int(user.events), RING)
+    if n == 0:
+        return 0.0
+    hits = 0
+    for i in range(n):
+        hits += user.ring_interest[i] == interest
+    return hits / n
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _ratio(user: Any, interest: int, weight: float, q_all: float, q_segment: float, p: Any) -> float:
+    """log q1/q0 of an interest; q0 the slow profile shrunk to the segment, q1 the ring mixed with the population."""
+    n = user.slow_total
+    q0 = (1.0 - p.epsilon) * (weight + p.kappa * q_segment) / (n + p.kappa) + p.epsilon * q_all
+    q1 = q_all
+    if p.short_share > 0.0:
+        q1 = p.short_share * _short_share(user, interest) + (1.0 - p.short_share) * q_all
+    return float(min(p.clip, max(-p.clip, math.log(q1 / q0))))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _count(user: Any, ratio: float, weight: float) -> None:
+    """A new distinct interest in the unit under way."""
+    share = min(1.0, weight / max(user.slow_total, 1e-9))
+    user.session_sum += ratio
+    user.session_count += 1
+    user.session_known += weight > _KNOWN_WEIGHT
+    user.session_share = int(min(_SHARE_SCALE, int(user.session_share) + round(share * _SHARE_SCALE)))
+    user.session_best = max(int(user.session_best), round(share * _BEST_SCALE))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _describe(user: Any, features_F: Any) -> None:
+    """The features of the unit under way; see FEATURES."""
+    count = max(1, int(user.session_count))
+    features_F[0] = user.session_sum / math.sqrt(count)
+    features_F[1] = user.session_sum
+    features_F[2] = math.log(count)
+    features_F[3] = user.session_known / count
+    features_F[4] = math.sqrt(user.session_share / _SHARE_SCALE)
+    features_F[5] = math.sqrt(user.session_best / _BEST_SCALE)
+    features_F[6] = math.log1p(user.slow_total)
+    features_F[7] = user.usual / _USUAL_SCALE
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _value(user: Any, coefficients_F: Any, features_F: Any) -> float:
+    """Evidence of the unit under way, by the rule in force; 0 while it is empty."""
+    if user.session_count == 0:
+        return 0.0
+    _describe(user, features_F)
+    value = coefficients_F[FEATURE_COUNT]
+    for i in range(FEATURE_COUNT):
+        value += coefficients_F[i] * features_F[i]
+    return float(value)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _close(user: Any) -> None:
+    """The unit under way is over: it enters the mean of the user's units, and the next one is empty."""
+    count = int(user.session_count)
+    if count:
+        value = user.session_sum / math.sqrt(count) * _USUAL_SCALE
+        user.usual = round(min(127.0, max(-127.0, user.usual + _USUAL_RATE * (value - user.usual))))
+    user.session_sum = 0.0
+    user.session_count = 0
+    user.session_known = 0
+    user.session_share = 0
+    user.session_best = 0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _calm(user: Any) -> None:
+    """The evidence is 0: no suspicion; what was held back enters the slow profile after all."""
+    events = int(user.events)
+    for i in range(min(events, RING)):
+        slot = (events - 1 - i) & _LAST
+        if user.ring_type[slot] & HELD:
+            user.ring_type[slot] = user.ring_type[slot] & ~np.uint8(HELD)
+            _learn_slow(user, user.ring_interest[slot], 1.0)
+    user.watch = 0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _anchor_anew(user: Any, refractory: int) -> None:
+    """After an alarm the slow profile is what the user did since the onset; the detector starts afresh."""
+    events = int(user.events)
+    since = max(1, min(int(user.watch), min(events, RING)))
+    for q in range(PROFILE):
+        user.slow_interest[q] = 0
+        user.slow_weight[q] = 0
+    user.slow_total = 0.0
+    for i in range(min(events, RING)):
+        slot = (events - 1 - i) & _LAST
+        user.ring_type[slot] = user.ring_type[slot] & ~np.uint8(HELD)
+        if i < since:
+            _learn_slow(user, user.ring_interest[slot], 1.0)
+    user.evidence = 0.0
+    _close(user)
+    user.watch = -refractory
+    user.alerts = min(65_535, int(user.alerts) + 1)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _push(user: Any, interest: int, kind: int, gap_s: float) -> None:
+    slot = int(user.events) & _LAST
+    user.ring_interest[slot] = interest
+    user.ring_type[slot] = kind
+    user.ring_gap[slot] = int(min(65_535.0, round(GAP_SCALE * math.log2(1.0 + gap_s))))
+    user.events = min(4_294_967_295, int(user.events) + 1)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _average(user: Any, kind: int, time_ms: int, price: float, dwell_s: float) -> None:
+    if math.isfinite(dwell_s):
+        dwell = max(0.0, dwell_s)
+        known = user.user_flags & _DWELL_KNOWN
+        user.mean_dwell_s = 0.9 * user.mean_dwell_s + 0.1 * dwell if known else dwell
+        user.user_flags |= _DWELL_KNOWN
+    if math.isfinite(price):
+        log_price = math.log1p(max(0.0, price))
+        known = user.user_flags & _PRICE_KNOWN
+        user.mean_log_price = 0.9 * user.mean_log_price + 0.1 * log_price if known else log_price
+        user.user_flags |= _PRICE_KNOWN
+    if kind == 3:
+        user.purchases = min(65_535, int(user.purchases) + 1)
+        user.last_purchase_ms = time_ms
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _overtakes(user: Any, interest: int, p: Any) -> bool:
+    """Whether the newest interest is now clearly above the one last published, by recent weight.
+
+    All weights decay alike and only the newest event's interest gains, so no other can overtake.
+    """
+    published = user.emitted_interest
+    if interest == published:
+        return False
+    events = int(user.events)
+    margin = -p.change_margin if published else 1.0
+    weight = 1.0
+    for i in range(min(events, RING)):
+        seen = user.ring_interest[(events - 1 - i) & _LAST]
+        if seen == interest:
+            margin += weight
+        elif seen == published:
+            margin -= weight
+        weight *= p.recent_decay
+    return margin > 0.0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _due(user: Any, interest: int, time_ms: int, alert: bool, p: Any) -> int:
+    if p.policy == 0:
+        return EMIT_EVERY
+    if p.policy == 3:
+        return 0
+    bits = 0
+    events = int(user.events)
+    if events - int(user.emitted_event) >= p.max_events or time_ms - user.emitted_time_ms >= p.max_age_ms:
+        bits |= EMIT_STALE
+    if p.policy == 1:
+        if alert:
+            bits |= EMIT_ALERT
+        if _overtakes(user, interest, p):
+            bits |= EMIT_TOP_CHANGED
+            user.emitted_interest = interest
+    if bits:
+        user.emitted_event = events
+        user.emitted_time_ms = time_ms
+    return bits
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def walk(
+    records: Any, events: Any, p: Any, thresholds_G: Any, out: Any, before: Any, after: Any, alarmed: Any,
+    monitored_G: Any, alarms_G: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    befores = afters = alarms = 0
+    features_F = np.zeros(FEATURE_COUNT)
+    for b in range(len(events.interest)):
+        user = records[events.user_row[b]]
+        interest = events.interest[b]
+        kind = int(events.type[b]) & TYPE_MASK
+        age = int(user.events)
+        _aggregate(user, out.aggregates[b])
+        if events.score[b]:
+            _keep(user, b, before, befores)
+            befores += 1
+
+        # time: a small step back is lateness, a long one a clock that was wrong before
+        time_ms = events.time_ms[b]
+        gap_ms = time_ms - user.last_time_ms
+        if age == 0:
+            user.first_time_ms = time_ms
+            gap_ms = 0
+        else:
+            out.gap_s[b] = max(0, gap_ms) / 1000.0
+        if age == 0 or gap_ms > 0 or gap_ms < -_BACK_MS_MAX:
+            user.last_time_ms = time_ms
+        gap_s = max(0, gap_ms) / 1000.0
+        starts = age == 0 or gap_ms > p.session_gap_ms
+        if events.segment[b]:
+            user.segment = events.segment[b]
+
+        # the unit before is over: its evidence stands
+        if starts:
+            kind |= SESSION_START
+        monitored = age >= p.age_min and user.watch >= 0
+        if starts or not p.by_session:
+            if monitored:
+                user.evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
+                if user.evidence <= 0.0:
+                    _calm(user)
+            _close(user)
+
+        # evidence of the unit under way, from the record before this event
+        weight = _slow_weight(user, interest)
+        ratio = _ratio(user, interest, weight, events.q_all[b], events.q_segment[b], p)
+        out.ratio[b] = ratio
+        if user.session_count == 0 or (user.session_count < 255 and not _counted_in_session(user, interest)):
+            kind |= COUNTED
+            _count(user, ratio - p.drift, weight)
+        evidence = 0.0
+        if monitored:
+            evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
+            if evidence > 0.0 or user.evidence > 0.0:
+                user.watch = min(32_767, int(user.watch) + 1)
+        elif user.watch < 0:
+            user.watch += 1
+            user.evidence = 0.0
+        if out.features.shape[0] > 0:
+            _describe(user, out.features[b])
+        out.evidence[b] = evidence
+        out.onset_events[b] = max(0, int(user.watch))
+
+        # alarm
+        group = np.searchsorted(_AGE_EDGES, age, side="right")
+        threshold = thresholds_G[group]
+        out.threshold[b] = threshold
+        if monitored:
+            monitored_G[group] += 1
+        alert = monitored and evidence > threshold
+        held = monitored and evidence > p.hold_share * threshold
+        _push(user, interest, kind | HELD if held else kind, gap_s)
+        if alert:
+            out.alert[b] = True
+            alarms_G[group] += 1
+            _keep(user, b, alarmed, alarms)
+            alarms += 1
+            _anchor_anew(user, p.refractory)
+        elif not held:
+            _decay_slow(user, p.decay_code, p.decay)
+            _learn_slow(user, interest, 1.0)
+        _average(user, kind & TYPE_MASK, time_ms, events.price[b], events.dwell_s[b])
+
+        bits = _due(user, interest, time_ms, alert, p)
+        out.emit[b] = bits
+        if bits:
+            _keep(user, b, after, afters)
+            afters += 1
+    return befores, afters, alarms
