@@ -181,8 +181,7 @@ def demo(
     for old in [*out.glob("log.db*"), *out.glob("*.log")]:
         old.unlink()
     demo_given = replace(
-        given, sets=("worker.quality_share=1.0", *given.sets, "transport=embedded", f"embedded.path={out / 'log.db'}",
-                     "topics.retention_h=-1"),
+        given, sets=("worker.quality_share=1.0", *given.sets, "transport=embedded", f"embedded.path={out / 'log.db'}"),
     )  # fmt: skip
     config = demo_given.load(f"app.log_file={out / 'demo.log'}").config
     log_to(config.app, "demo")
@@ -193,9 +192,9 @@ def demo(
         child(demo_given, name, name, "--set", f"app.log_file={out / name}.log") for name in ("worker", "learner")
     ]
     report = out / "report.html"
-    with _opened(config) as transport, demo_progress(console) as show:
+    with demo_progress(console) as show:
         judged = run_demo(
-            transport,
+            lambda: _transport(config),
             config,
             stream,
             children,
@@ -568,6 +567,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception:
         if logs_to_file():
             log.exception("event=crashed")
+            print("driftline: crashed; the log says where", file=sys.stderr)
+            sys.exit(1)
         raise
     except BrokenPipeError:  # `driftline tail | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -57,7 +57,7 @@ class DemoProgress:
 
 
 def run_demo(
-    transport: Transport,
+    connect: Callable[[], Transport],
     config: Config,
     stream: ShopStream,
     children: Sequence[Child],
@@ -69,34 +69,58 @@ def run_demo(
 ) -> DemoScore:
     """Run the processes over the whole stream, score what they published and write the report.
 
+    Args:
+        connect: opens the log; each thread opens its own.
+
     Raises:
         DriftlineError: a process failed for good, or nothing was handled for STALLED_MAX_S.
     """
-    admin = transport.admin()
+    transport = connect()
     try:
+        admin = transport.admin()
         admin.create(topic_specs(config))
-    finally:
         admin.close()
+        elapsed_s = _run_processes(connect, transport, config, stream, children, rate_per_s, environment, on_progress)
+        judged = _judge(transport, config, stream, elapsed_s)
+    finally:
+        transport.close()
+    render(judged, report)
+    return judged
+
+
+def _run_processes(
+    connect: Callable[[], Transport],
+    transport: Transport,
+    config: Config,
+    stream: ShopStream,
+    children: Sequence[Child],
+    rate_per_s: float | None,
+    environment: Mapping[str, str],
+    on_progress: Callable[[DemoProgress], None],
+) -> float:
+    """Keep the processes alive while the stream goes through them; seconds that it took."""
     stop, ended = threading.Event(), threading.Event()
-    codes: list[int] = []
 
     def keep_alive() -> None:
         try:
-            codes.append(supervise(children, stop, stop_s=config.worker.shutdown_s + 5, environment=environment))
+            supervise(children, stop, stop_s=config.worker.shutdown_s + 5, environment=environment)
         finally:
             ended.set()
 
     keeper = threading.Thread(target=keep_alive, name="supervise")
     keeper.start()
     try:
-        elapsed_s = _feed_and_watch(transport, config, stream, rate_per_s, ended, on_progress)
+        return _feed_and_watch(connect, transport, config, stream, rate_per_s, ended, on_progress)
     finally:
         stop.set()
         keeper.join()
+
+
+def _judge(transport: Transport, config: Config, stream: ShopStream, elapsed_s: float) -> DemoScore:
     names = topic_names(config)
     reader = transport.reader()
     try:
-        judged = score(
+        return score(
             reader,
             DemoTopics(
                 events=config.topics.events[0],
@@ -111,11 +135,10 @@ def run_demo(
         )
     finally:
         reader.close()
-    render(judged, report)
-    return judged
 
 
 def _feed_and_watch(
+    connect: Callable[[], Transport],
     transport: Transport,
     config: Config,
     stream: ShopStream,
@@ -124,7 +147,7 @@ def _feed_and_watch(
     on_progress: Callable[[DemoProgress], None],
 ) -> float:
     """Replay on a thread and look at the metrics until all is handled; seconds from the first handled event on."""
-    feeding = _Feeding(transport, config, stream, rate_per_s, ended)
+    feeding = _Feeding(connect, config, stream, rate_per_s)
     feeding.thread.start()
     watch = _Watch(transport.reader(), topic_names(config)["metrics"], config.topics.partitions, len(stream))
     first_s = changed_s = time.monotonic()
@@ -155,17 +178,12 @@ class _Feeding:
     """The replay, on a thread of its own; ends early when it is given up."""
 
     def __init__(
-        self,
-        transport: Transport,
-        config: Config,
-        stream: ShopStream,
-        rate_per_s: float | None,
-        ended: threading.Event,
+        self, connect: Callable[[], Transport], config: Config, stream: ShopStream, rate_per_s: float | None
     ) -> None:
         self.sent = 0
         self.failed: DriftlineError | None = None
         self.given_up = threading.Event()
-        self._transport, self._config, self._stream, self._rate_per_s = transport, config, stream, rate_per_s
+        self._connect, self._config, self._stream, self._rate_per_s = connect, config, stream, rate_per_s
         self.thread = threading.Thread(target=self._run, name="replay")
 
     def _run(self) -> None:
@@ -179,16 +197,20 @@ class _Feeding:
             self.sent = so_far.records
 
         try:
-            replay(
-                records(),
-                self._transport,
-                topic=self._config.topics.events[0],
-                partitions=self._config.topics.partitions,
-                clocks=Clocks(now_s=time.monotonic, wall_ms=lambda: int(time.time() * 1_000), sleep=self._nap),
-                pace=Pace(rate_per_s=self._rate_per_s),
-                total=len(self._stream),
-                on_progress=progress,
-            )
+            transport = self._connect()
+            try:
+                replay(
+                    records(),
+                    transport,
+                    topic=self._config.topics.events[0],
+                    partitions=self._config.topics.partitions,
+                    clocks=Clocks(now_s=time.monotonic, wall_ms=lambda: int(time.time() * 1_000), sleep=self._nap),
+                    pace=Pace(rate_per_s=self._rate_per_s),
+                    total=len(self._stream),
+                    on_progress=progress,
+                )
+            finally:
+                transport.close()
         except DriftlineError as error:
             self.failed = error
 
