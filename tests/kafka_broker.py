@@ -40,13 +40,23 @@ class BrokerUnavailable(Exception):
     """No broker can be had on this machine; the message says what is missing."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Broker:
     """A broker that was started here."""
 
     bootstrap: str
     process: subprocess.Popen[bytes]
     folder: Path
+    command: list[str]
+
+    def kill(self) -> None:
+        """kill -9: no goodbye, no flush."""
+        self.process.kill()
+        self.process.wait(STOP_TIMEOUT_S)
+
+    def restart(self) -> None:
+        """Start it again after `stop` or `kill`, on the same port, with the same data."""
+        self.process = _launch(self.command, self.folder, self.bootstrap)
 
     @property
     def pid(self) -> int:
@@ -143,16 +153,24 @@ def _start_once(command: str, lib: Path, home: Path, heap: str, extra: str) -> B
         raise _DidNotStart((done.stdout + done.stderr)[-800:])
     quiet = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
     serve = [command, heap, "-XX:+UseG1GC", quiet, "-cp", classpath, "kafka.Kafka", str(properties)]
-    with (home / "broker.log").open("wb") as log:
+    bootstrap = f"127.0.0.1:{port}"
+    process = _launch(serve, home, bootstrap)
+    return Broker(bootstrap=bootstrap, process=process, folder=home, command=serve)
+
+
+def _launch(command: list[str], home: Path, bootstrap: str) -> subprocess.Popen[bytes]:
+    """Start the process and wait until it takes connections."""
+    host, _, port = bootstrap.partition(":")
+    with (home / "broker.log").open("ab") as log:
         process = subprocess.Popen(
-            serve, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, start_new_session=True
         )
     until_s = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < until_s:
         if process.poll() is not None:
             raise _DidNotStart((home / "broker.log").read_text(errors="replace")[-800:])
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return Broker(bootstrap=f"127.0.0.1:{port}", process=process, folder=home)
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return process
         time.sleep(0.1)
     process.kill()
     process.wait(STOP_TIMEOUT_S)
