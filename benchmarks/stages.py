@@ -24,7 +24,7 @@ from models.forecaster import Forecaster  # noqa: E402
 from stream import changelog, pipeline  # noqa: E402
 from stream.assembly import make_pipeline  # noqa: E402
 from stream.changelog import Kind  # noqa: E402
-from stream.config import load  # noqa: E402
+from stream.loading import load  # noqa: E402
 from stream.engine import PartitionState, merge  # noqa: E402
 from stream.events import EventDecoder  # noqa: E402
 from stream.state import Arena  # noqa: E402

@@ -89,7 +89,8 @@ class Checkpoint:
         at(1)
         producer.begin()
         at(2)
-        blocks = {step.partition: self._send_state(producer, states[step.partition], step) for step in steps}
+        for step in steps:
+            self._send_state(producer, states[step.partition], step)
         at(3)
         for step in steps:
             for output in step.outputs:
@@ -98,7 +99,7 @@ class Checkpoint:
         at(4)
         producer.flush()
         at(5)
-        producer.send_offsets(self.positions(steps, blocks), group)
+        producer.send_offsets(self.positions(steps), group)
         at(6)
         producer.commit()
 
@@ -106,14 +107,10 @@ class Checkpoint:
         """Step 7."""
         self._on_step(7)
         for step in steps:
-            state = states[step.partition]
-            state.next_block = self._next_block(state, step)
-            merge(self._engine, state, step)
+            merge(self._engine, states[step.partition], step)
 
-    def positions(
-        self, steps: Sequence[PartitionStep], next_blocks: Mapping[int, int]
-    ) -> dict[TopicPartition, Position]:
-        """The positions that a commit of these steps sets."""
+    def positions(self, steps: Sequence[PartitionStep]) -> dict[TopicPartition, Position]:
+        """The positions that a commit of these steps sets; their blocks have been sent."""
         return {
             tp: Position(
                 offset,
@@ -121,7 +118,7 @@ class Checkpoint:
                     weights=self._engine.weights_version,
                     seen=step.seen,
                     watermark_ms=step.watermark_ms,
-                    next_block=next_blocks[step.partition],
+                    next_block=step.next_block,
                     partitions=self._partitions,
                 ).dump(),
             )
@@ -129,30 +126,21 @@ class Checkpoint:
             for tp, offset in step.positions.items()
         }
 
-    def _next_block(self, state: PartitionState, step: PartitionStep) -> int:
-        users = changelog.blocks_needed(len(step.records), step.records.dtype, self._block_bytes_max)
-        gone = 1 if step.gone is not None and len(step.gone) else 0
-        groups = 1 if step.groups_after is not None or step.group_delta else 0
-        return state.next_block + users + gone + groups
-
-    def _send_state(self, producer: Producer, state: PartitionState, step: PartitionStep) -> int:
-        """Send the blocks of one partition and return the number after the last one."""
-        number, partition, values = state.next_block, step.partition, []
+    def _send_state(self, producer: Producer, state: PartitionState, step: PartitionStep) -> None:
+        """Send the blocks of one partition; says in the step what they are."""
+        first, partition = state.next_block, step.partition
         room = changelog.records_in_block(step.records.dtype, self._block_bytes_max)
-        step.records["block"] = number + np.arange(len(step.records)) // room
-        for block in changelog.pack(Kind.USERS, partition, number, step.records, self._block_bytes_max):
-            values.append(block)
-        number += len(values)
+        step.records["block"] = first + np.arange(len(step.records)) // room
+        values = list(changelog.pack(Kind.USERS, partition, first, step.records, self._block_bytes_max))
         if step.gone is not None and len(step.gone):
             keys = np.array(step.gone, np.uint64).view([("key", "<u8")])
-            values.append(changelog.encode(Kind.TOMBSTONES, partition, number, keys))
+            values.append(changelog.encode(Kind.TOMBSTONES, partition, first + len(values), keys))
         if step.groups_after is not None:
-            payload = step.groups_after.snapshot()
-            values.append(changelog.encode(Kind.GROUPS, partition, state.next_block + len(values), payload))
+            step.groups_block = first + len(values)
+            values.append(changelog.encode(Kind.GROUPS, partition, step.groups_block, step.groups_after.snapshot()))
         elif step.group_delta:
-            values.append(
-                changelog.encode(Kind.GROUP_DELTA, partition, state.next_block + len(values), step.group_delta)
-            )
+            values.append(changelog.encode(Kind.GROUP_DELTA, partition, first + len(values), step.group_delta))
         for value in values:
             producer.send(self._topics.state, partition, None, value)
-        return state.next_block + len(values)
+        step.next_block = first + len(values)
+        step.block_bytes = sum(map(len, values))

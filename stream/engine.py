@@ -30,6 +30,8 @@ class PartitionState:
         seen: input records consumed so far, dead ones too. The partition's own clock: epochs are cut by it.
         watermark_ms: newest event time seen.
         next_block: number of the next state block.
+        groups_block: number of the newest block that holds the whole group table; 0 = none does.
+        log_bytes: length of the partition's state log, bytes of blocks.
     """
 
     arena: Arena
@@ -37,6 +39,8 @@ class PartitionState:
     seen: int = 0
     watermark_ms: int = 0
     next_block: int = 1
+    groups_block: int = 0
+    log_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +65,8 @@ class PartitionStep:
         group_delta: what the batch adds to the groups; empty if nothing.
         groups_after: at an epoch cut, the whole new table instead of a delta.
         gone: keys of users that are forgotten.
+        next_block, groups_block, block_bytes: said by the commit: the number after the step's blocks, that of its whole
+            group table (0 = it has none), and the length of all its blocks.
     """
 
     partition: int
@@ -73,6 +79,9 @@ class PartitionStep:
     groups_after: Groups | None = None
     gone: np.ndarray[Any, Any] | None = None
     metrics: BatchMetrics | None = None
+    next_block: int = 0
+    groups_block: int = 0
+    block_bytes: int = 0
 
 
 class Engine(Protocol):
@@ -89,6 +98,9 @@ class Engine(Protocol):
 
     def new_groups(self) -> Any: ...
     def groups_from_snapshot(self, payload: bytes) -> Any: ...
+    def groups_with(self, groups: Any, delta: bytes) -> Any:
+        """A copy of the groups with a delta applied."""
+
     def apply_group_delta(self, groups: Any, payload: bytes) -> None: ...
     def process(
         self, states: Mapping[int, PartitionState], inputs: Mapping[TopicPartition, Sequence[Record]]
@@ -106,5 +118,8 @@ def merge(engine: Engine, state: PartitionState, step: PartitionStep) -> None:
         state.groups = step.groups_after
     elif step.group_delta:
         engine.apply_group_delta(state.groups, step.group_delta)
+    state.next_block = step.next_block or state.next_block
+    state.groups_block = step.groups_block or state.groups_block
+    state.log_bytes += step.block_bytes
     state.seen = step.seen
     state.watermark_ms = step.watermark_ms

@@ -99,6 +99,11 @@ class Pipeline:
     def groups_from_snapshot(self, payload: bytes) -> GroupTable:
         return GroupTable.from_snapshot(payload, self._settings.shift)
 
+    def groups_with(self, groups: GroupTable, delta: bytes) -> GroupTable:
+        table = self.groups_from_snapshot(groups.snapshot())
+        table.apply_delta(delta)
+        return table
+
     def apply_group_delta(self, groups: GroupTable, payload: bytes) -> None:
         groups.apply_delta(payload)
 
@@ -298,9 +303,7 @@ class Pipeline:
         delta = state.groups.delta(part.decoded.columns, part.advanced, part.decoded.interest_names)
         after = None
         if seen == self.next_cut(state.seen):
-            after = self.groups_from_snapshot(state.groups.snapshot())
-            after.apply_delta(delta)
-            after = after.cut()
+            after = self.groups_with(state.groups, delta).cut()
         outputs.append(Output(stream="metrics", key=None, value=out.encode(metrics)))
         return PartitionStep(
             partition=part.partition,

@@ -84,6 +84,7 @@ def restore(
                 if block.kind is Kind.BARRIER and block.payload == nonce:
                     return state
                 fold(engine, state, block)
+                state.log_bytes += len(record.value)
                 blocks += 1
             if records:
                 last_progress_s = clock()
@@ -107,6 +108,7 @@ def fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None:
         state.arena.remove(block.records["key"].copy())
     elif block.kind is Kind.GROUPS:
         state.groups = engine.groups_from_snapshot(block.payload)
+        state.groups_block = block.number
     elif block.kind is Kind.GROUP_DELTA:
         engine.apply_group_delta(state.groups, block.payload)
     if block.kind is not Kind.BARRIER:

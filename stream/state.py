@@ -61,6 +61,11 @@ class Arena:
             records["key"] = keys
         return records
 
+    def block_of(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Number of the newest state block that holds each key's record; -1 for users that are not here."""
+        row = self._index.find(keys)
+        return np.where(row >= 0, self._rows["block"][row].astype(np.int64), -1)
+
     def merge(self, records: Records) -> None:
         """Store records (distinct keys) over the old ones."""
         keys = np.ascontiguousarray(records["key"])

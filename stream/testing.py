@@ -64,6 +64,12 @@ class DigestEngine:
     def groups_from_snapshot(self, payload: bytes) -> CountingGroups:
         return CountingGroups(msgspec.json.decode(payload, type=dict[str, int]))
 
+    def groups_with(self, groups: CountingGroups, delta: bytes) -> CountingGroups:
+        copy = CountingGroups(groups.counts)
+        if delta:
+            self.apply_group_delta(copy, delta)
+        return copy
+
     def apply_group_delta(self, groups: CountingGroups, payload: bytes) -> None:
         groups.counts.update(msgspec.json.decode(payload, type=dict[str, int]))
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from stream import records as out
 from stream.checkpoint import Checkpoint, OnStep, Progress, TopicNames
+from stream.cleaning import LOG_BYTES_MIN, Cleaner
 from stream.config import WorkerSettings
 from stream.engine import Engine, Output, PartitionState, PartitionStep
 from stream.errors import ConfigError, Corrupt, DriftlineError, Rebalanced, Retryable
@@ -75,6 +76,7 @@ class WorkerParts:
     """What a worker is made of; cli.py assembles it.
 
     Attributes:
+        cleaning_factor: a state log is cleaned above so many times its live bytes, once it is log_bytes_min long.
         on_step: called before each numbered step of a commit (tests kill the process there).
         threads: whether restores run on a helper thread; off in the simulator.
     """
@@ -92,6 +94,8 @@ class WorkerParts:
     sleep: Callable[[float], object]
     nonce: Callable[[], bytes]
     reset: str = "earliest"
+    cleaning_factor: float = 3.0
+    log_bytes_min: int = LOG_BYTES_MIN
     on_step: OnStep = lambda step: None
     threads: bool = True
 
@@ -125,6 +129,14 @@ class Worker:
         )
         self.states: dict[int, PartitionState] = {}
         self._restoring: dict[int, _Restoring] = {}
+        self._cleaner = Cleaner(
+            engine=parts.engine,
+            reader=parts.transport.reader(),
+            admin=parts.transport.admin(),
+            topic=parts.topics.state,
+            factor=parts.cleaning_factor,
+            log_bytes_min=parts.log_bytes_min,
+        )
         self._pool = ThreadPoolExecutor(1, "restore") if parts.threads else None
         self._poison: deque[tuple[int, int]] = deque()  # (records, dead) by batch
         self._failures = 0
@@ -174,6 +186,7 @@ class Worker:
             restoring.cancelled.set()
         self._consumer.close()
         self._producer.close()
+        self._cleaner.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -293,13 +306,20 @@ class Worker:
     def _commit(self, steps: Sequence[PartitionStep], group: object, process_s: float) -> bool:
         """Commit and merge; False if the attempt was void and its records will come again."""
         start_s = self._parts.clock()
+        for step in steps:
+            self._cleaner.extend(self.states[step.partition], step)
         try:
             self._checkpoint.commit(self._producer, self.states, steps, group)
         except Retryable as error:
-            if not self._settle(steps, error):
+            counts = self._settle(steps, error)
+            if not counts:
+                for step in steps:
+                    self._cleaner.forget(step.partition)
                 return False
         self._failures = 0
         self._checkpoint.merge(self.states, steps)
+        for step in steps:
+            self._cleaner.committed(self.states[step.partition], step)
         self._parts.observer.turn(Turn(steps=steps, process_s=process_s, commit_s=self._parts.clock() - start_s))
         return True
 
@@ -366,6 +386,7 @@ class Worker:
         restoring = self._restoring.pop(partition, None)
         if restoring is not None:
             restoring.cancelled.set()
+        self._cleaner.forget(partition)
         if self.states.pop(partition, None) is not None:
             self._parts.observer.event("partition_dropped", partition=partition)
 

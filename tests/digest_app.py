@@ -79,6 +79,7 @@ def make_worker(
     threads: bool = False,
     engine: DigestEngine | None = None,
     app: str = "app",
+    log_bytes_min: int = 3_000,
 ) -> Worker:
     base = {"batch_events_max": 50, "poll_timeout_s": 0.05, "batch_wait_s": 0.0, "backoff_s": 0.01}
     nonce: Callable[[], bytes] = lambda: f"{time.monotonic_ns()}-{next(_nonces)}".encode()  # noqa: E731
@@ -98,6 +99,7 @@ def make_worker(
             nonce=nonce,
             on_step=on_step,
             threads=threads,
+            log_bytes_min=log_bytes_min,
         )
     )
 

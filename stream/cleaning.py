@@ -1,0 +1,123 @@
+"""FIFO cleaning: keeps a partition's state log short by rewriting what is still alive in its oldest blocks.
+
+A batch that makes the log longer than `factor` times its live bytes takes the oldest blocks along: their records that
+no newer block holds are written again in the same transaction, and once that is committed the head of the log is
+deleted. Nothing is deleted that a committed transaction has not rewritten, so a restore that runs at the same time, or
+a crash at any point, loses nothing; a crash before the deletion leaves a longer log that the next batches shorten.
+
+    oldest ┌─────┬─────┬─────┬─────┬─────┬ ─ ─ newest
+           │  7  │  8  │  9  │ ... │ 41  │ 42: touched records of the batch + the live ones of block 7
+           └─────┴─────┴─────┴─────┴─────┴ ─ ─
+              ▲ deleted after the commit of 42
+
+A record is alive in a block if the arena's record of that key carries the block's number.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stream import changelog
+from stream.changelog import Block, Kind
+from stream.engine import Engine, PartitionState, PartitionStep
+from stream.transport import Admin, LogReader, TopicPartition
+
+LOG_BYTES_MIN = 4_000_000  # shorter logs are left alone: there is nothing to gain
+BLOCKS_PER_BATCH_MAX = 8
+_READ_BLOCKS = 8
+
+
+@dataclass(kw_only=True, slots=True)
+class _Head:
+    """The oldest end of one partition's log."""
+
+    offset: int = 0  # where to read on
+    delete_before: int = 0  # all below is rewritten, once the batch under way is committed
+    ahead: deque[tuple[int, int, Block]] = field(default_factory=deque)  # (offset, bytes, block) read, not yet used
+    freed: int = 0  # bytes that the deletion gives back
+
+
+class Cleaner:
+    """Cleans the partitions of one worker."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        reader: LogReader,
+        admin: Admin,
+        topic: str,
+        factor: float,
+        log_bytes_min: int = LOG_BYTES_MIN,
+    ) -> None:
+        self._engine = engine
+        self._reader = reader
+        self._admin = admin
+        self._topic = topic
+        self._factor = factor
+        self._log_bytes_min = log_bytes_min
+        self._heads: dict[int, _Head] = {}
+
+    def extend(self, state: PartitionState, step: PartitionStep) -> None:
+        """Before the commit: add the live records of the oldest blocks to the step where the log is too long."""
+        live_bytes = len(state.arena) * state.arena.dtype.itemsize
+        log_bytes, cleaned = state.log_bytes, 0
+        head = self._heads.setdefault(step.partition, _Head())
+        head.delete_before, head.freed = 0, 0
+        while log_bytes > max(self._log_bytes_min, self._factor * live_bytes) and cleaned < BLOCKS_PER_BATCH_MAX:
+            found = self._next(step.partition, head)
+            if found is None:
+                break
+            offset, size, block = found
+            self._rewrite(state, step, block)
+            head.delete_before = offset + 1
+            head.freed += size
+            log_bytes -= size
+            cleaned += 1
+
+    def committed(self, state: PartitionState, step: PartitionStep) -> None:
+        """After the commit and the merge: delete what the step has rewritten."""
+        head = self._heads[step.partition]
+        if head.delete_before:
+            self._admin.delete_records(TopicPartition(self._topic, step.partition), head.delete_before)
+            state.log_bytes = max(0, state.log_bytes - head.freed)
+            head.delete_before = 0
+
+    def forget(self, partition: int) -> None:
+        """The partition is ours no longer, or the attempt was void: start again at the head of the log."""
+        self._heads.pop(partition, None)
+
+    def close(self) -> None:
+        self._reader.close()
+        self._admin.close()
+
+    def _next(self, partition: int, head: _Head) -> tuple[int, int, Block] | None:
+        """The oldest block not looked at yet."""
+        if not head.ahead:
+            tp = TopicPartition(self._topic, partition)
+            for record in self._reader.read(tp, head.offset, 0.0, _READ_BLOCKS):
+                value = record.value or b""
+                block = changelog.decode(value, f"{self._topic}-{partition}@{record.offset}")
+                head.ahead.append((record.offset, len(value), block))
+                head.offset = record.offset + 1
+        return head.ahead.popleft() if head.ahead else None
+
+    def _rewrite(self, state: PartitionState, step: PartitionStep, block: Block) -> None:
+        """Take what is alive in a block into the step."""
+        if block.kind in (Kind.GROUPS, Kind.GROUP_DELTA) and block.number >= state.groups_block:
+            if step.groups_after is None:
+                step.groups_after = self._engine.groups_with(state.groups, step.group_delta)
+                step.group_delta = b""
+            return
+        if block.kind is not Kind.USERS or block.records is None:
+            return
+        keys = block.records["key"].astype(np.uint64)
+        keys = keys[~np.isin(keys, step.records["key"])]
+        if step.gone is not None:
+            keys = keys[~np.isin(keys, step.gone)]
+        keys = keys[state.arena.block_of(keys) == block.number]
+        if len(keys):
+            step.records = np.concatenate([step.records, state.arena.take(keys)])
