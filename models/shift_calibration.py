@@ -40,7 +40,7 @@ _NEVER = 1e9  # a threshold that nothing reaches
 _SAMPLES = 6_000  # units of each kind that a fit looks at, about
 _BLOCK = 8  # events, where the unit is one event: as many of somebody else's in a row
 _UNIT_EVENTS_MAX = 60
-_FIT_USERS = 12  # fewer: nothing is fitted
+FIT_USERS = 12  # fewer: nothing is fitted
 _MATCH_ALARMS = 12.0  # a threshold is matched where this many alarms are expected, and extrapolated beyond
 _POOL_ALARMS = 12.0  # alarms' worth of the common threshold in an age group's own
 _RIDGE = 1e-3
@@ -202,11 +202,13 @@ def delays(splices: Splices, alarm_B: npt.NDArray[np.bool_], refractory: int) ->
 # ---------------------------------------------------------------------- fit
 
 
-def fit(
-    histories: Histories, rule: Rule, settings: ShiftSettings, chosen: Sequence[int], rng: np.random.Generator
-) -> tuple[float, ...]:
-    """Coefficients of the log-likelihood ratio of one unit, somebody else's against the user's own."""
-    own, foreign = _units(histories, _with(rule, _NEVER), settings, rng)
+def fit(own: F64, foreign: F64, chosen: Sequence[int]) -> tuple[float, ...]:
+    """Coefficients of the log-likelihood ratio of one unit, somebody else's against the user's own.
+
+    Args:
+        own, foreign: features of units, from `units`.
+        chosen: which features to use.
+    """
     x = np.concatenate([own, foreign])[:, list(chosen)]
     y = np.concatenate([np.zeros(len(own)), np.ones(len(foreign))])
     weight = np.concatenate([np.full(len(own), 0.5 / len(own)), np.full(len(foreign), 0.5 / len(foreign))])
@@ -217,8 +219,9 @@ def fit(
     return tuple(coefficients.tolist())
 
 
-def _units(histories: Histories, rule: Rule, settings: ShiftSettings, rng: np.random.Generator) -> tuple[F64, F64]:
+def units(histories: Histories, rule: Rule, settings: ShiftSettings, rng: np.random.Generator) -> tuple[F64, F64]:
     """Features of units of evidence: the users' own, and others' seen from the same records."""
+    rule = _with(rule, _NEVER)
     starts, ends, ordinal = _blocks(histories, rule, settings)
     age = starts - histories.first[histories.user[starts]]
     wanted = (age >= settings.age_min_events) & (ends > starts)
@@ -331,7 +334,9 @@ def match(histories: Histories, rule: Rule, settings: ShiftSettings, false_alarm
     return msgspec.structs.replace(_with(rule, threshold), tail=tail, false_alarm_events=false_alarm_events)
 
 
-def _bisect(histories: Histories, rule: Rule, settings: ShiftSettings, target: float, top: float = 0.0) -> float:
+def _bisect(
+    histories: Histories, rule: Rule, settings: ShiftSettings, target: float, top: float = 0.0, precision: float = 0.005
+) -> float:
     """The smallest flat threshold with at most one alarm in `target` monitored events, to about a hundredth."""
     low, high = 0.0, top or 8.0
     for _ in range(0 if top else 6):
@@ -340,7 +345,7 @@ def _bisect(histories: Histories, rule: Rule, settings: ShiftSettings, target: f
             break
         low, high = high, 2.0 * high
     for _ in range(20):
-        if high - low < 0.005 * high + 0.005:
+        if high - low < precision * (high + 1.0):
             break
         middle = (low + high) / 2.0
         monitored, alarms = alarm_rate(histories, _with(rule, middle), settings)
@@ -369,74 +374,103 @@ def match_ages(histories: Histories, rule: Rule, settings: ShiftSettings) -> Rul
 # ---------------------------------------------------------------------- choose
 
 
-def candidates(settings: ShiftSettings) -> Iterator[tuple[Rule, tuple[int, ...], float]]:
-    """(rule without coefficients, features to fit, drift of the learned ratio); no features: a fixed rule."""
-    for by_session in (True, False):
-        if settings.evidence not in ("auto", "session" if by_session else "event"):
-            continue
-        for short_share in (0.0, 0.3):
-            rule = fixed_rule(
-                by_session=by_session, threshold=settings.threshold, drift=settings.drift, short_share=short_share
-            )
-            if settings.statistic != "learned":
-                yield rule, (), 0.0
-            if settings.statistic == "fixed" or (by_session and short_share):
-                continue
-            learned = msgspec.structs.replace(rule, name="learned-" + rule.name)
-            for features in _FEATURE_SETS:
-                for drift in _DRIFTS:
-                    yield learned, features, drift
-
-
-def calibrate(
-    histories: Histories,
-    settings: ShiftSettings,
-    rng: np.random.Generator,
-    *,
-    per_user: int = 2,
-    keep: Rule | None = None,
-) -> Rule:
+def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Generator, *, per_user: int = 3) -> Rule:
     """Fit, choose and match; see the module's docstring.
-
-    Args:
-        keep: choose only between a refit of this rule and its fixed form.
 
     Raises:
         ValueError: too few users with a history to learn from.
     """
-    if histories.users < _FIT_USERS:
-        raise ValueError(f"{histories.users} users with a history; {_FIT_USERS} are needed")
+    if histories.users < FIT_USERS:
+        raise ValueError(f"{histories.users} users with a history; {FIT_USERS} are needed")
     half = rng.permutation(histories.users) % 2 == 0
-    fitted_on, judged_on = histories.some(half), histories.some(~half)
-    splices = splice(judged_on, settings, rng, per_user=per_user, window=DELAY_MAX, after=settings.age_min_events + 10)
-    monitored, _ = alarm_rate(judged_on, fixed_rule(by_session=True, threshold=_NEVER, drift=0.25), settings)
-    common = min(settings.false_alarm_events, max(50.0, monitored / (2 * _MATCH_ALARMS)))
-    best: tuple[float, Rule, tuple[int, ...], float] | None = None
-    for rule, features, drift in candidates(settings):
-        if keep is not None and (rule.by_session, rule.short_share) != (keep.by_session, keep.short_share):
-            continue
-        trial = _learned(fitted_on, rule, settings, features, drift, np.random.default_rng(0))
-        loss = mean_delay(splices, match(judged_on, trial, settings, common), settings)
-        if best is None or loss < best[0]:
-            best = (loss, rule, features, drift)
-    assert best is not None, "there is always a fixed rule"
-    _, rule, features, drift = best
-    chosen = _learned(histories, rule, settings, features, drift, np.random.default_rng(0))
-    return match_ages(histories, match(histories, chosen, settings, settings.false_alarm_events), settings)
+    trial = _Trial(histories.some(half), histories.some(~half), settings, rng, per_user)
+    best = min((trial.judge(choice) for choice in _first_choices(settings)), key=lambda judged: judged[0])
+    if settings.statistic != "fixed":
+        others = [trial.judge(choice) for choice in _finer_choices(best[1])]
+        if settings.statistic == "learned":
+            others = [judged for judged in [best, *others] if judged[1].features]
+            best = others[0]
+        best = min([best, *others], key=lambda judged: judged[0])
+    rule = _rule(best[1], settings, units(histories, _plain(best[1], settings), settings, np.random.default_rng(0)))
+    return match_ages(histories, match(histories, rule, settings, settings.false_alarm_events), settings)
 
 
-def _learned(
-    histories: Histories,
-    rule: Rule,
-    settings: ShiftSettings,
-    features: tuple[int, ...],
-    drift: float,
-    rng: np.random.Generator,
-) -> Rule:
-    if not features:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One form of the rule; no features: fixed. `drift` is taken from a learned ratio, nats."""
+
+    by_session: bool
+    short_share: float = 0.0
+    features: tuple[int, ...] = ()
+    drift: float = 0.0
+
+
+def _first_choices(settings: ShiftSettings) -> Iterator[Choice]:
+    """The unit of evidence, the alternative, and whether learning helps at all."""
+    for by_session in (True, False):
+        if settings.evidence in ("auto", "session" if by_session else "event"):
+            for short_share in (0.0, 0.3):
+                if settings.statistic != "learned":
+                    yield Choice(by_session=by_session, short_share=short_share)
+                if settings.statistic != "fixed" and not (by_session and short_share):
+                    yield Choice(by_session=by_session, short_share=short_share, features=_BASE)
+
+
+def _finer_choices(best: Choice) -> Iterator[Choice]:
+    """Other features and drifts for the unit that did best."""
+    for features in _FEATURE_SETS:
+        for drift in _DRIFTS:
+            yield Choice(by_session=best.by_session, short_share=best.short_share, features=features, drift=drift)
+
+
+def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
+    return fixed_rule(
+        by_session=choice.by_session,
+        threshold=settings.threshold,
+        drift=settings.drift,
+        short_share=choice.short_share,
+    )
+
+
+def _rule(choice: Choice, settings: ShiftSettings, own_and_foreign: tuple[F64, F64]) -> Rule:
+    rule = _plain(choice, settings)
+    if not choice.features:
         return rule
-    coefficients = fit(histories, rule, settings, features, rng)
-    return msgspec.structs.replace(rule, coefficients=(*coefficients[:-1], coefficients[-1] - drift))
+    coefficients = fit(*own_and_foreign, choice.features)
+    return msgspec.structs.replace(
+        rule, name="learned-" + rule.name, coefficients=(*coefficients[:-1], coefficients[-1] - choice.drift)
+    )
+
+
+class _Trial:
+    """Rules fitted on some users and judged on others, all at the same rate of alarms."""
+
+    def __init__(
+        self,
+        fitted_on: Histories,
+        judged_on: Histories,
+        settings: ShiftSettings,
+        rng: np.random.Generator,
+        per_user: int,
+    ) -> None:
+        self._fitted_on, self._judged_on, self._settings = fitted_on, judged_on, settings
+        after = settings.age_min_events + 10
+        self._splices = splice(judged_on, settings, rng, per_user=per_user, window=DELAY_MAX, after=after)
+        never = fixed_rule(by_session=True, threshold=_NEVER, drift=settings.drift)
+        monitored, _ = alarm_rate(judged_on, never, settings)
+        self._false_alarm_events = min(settings.false_alarm_events, max(50.0, monitored / (2 * _MATCH_ALARMS)))
+        self._units: dict[tuple[bool, float], tuple[F64, F64]] = {}
+
+    def judge(self, choice: Choice) -> tuple[float, Choice]:
+        """Mean delay on made shifts."""
+        key = (choice.by_session, choice.short_share)
+        if choice.features and key not in self._units:
+            plain = _plain(choice, self._settings)
+            self._units[key] = units(self._fitted_on, plain, self._settings, np.random.default_rng(0))
+        empty = np.zeros((0, FEATURE_COUNT))
+        rule = _rule(choice, self._settings, self._units.get(key, (empty, empty)))
+        rule = _with(rule, _bisect(self._judged_on, rule, self._settings, self._false_alarm_events, precision=0.02))
+        return mean_delay(self._splices, rule, self._settings), choice
 
 
 def mean_delay(splices: Splices, rule: Rule, settings: ShiftSettings) -> float:
@@ -463,7 +497,7 @@ def next_rule(table: GroupTable, gathered: Tallies, settings: ShiftSettings) -> 
     usable = ages >= settings.age_min_events + 10
     monitored = int(np.maximum(ages - settings.age_min_events, 0)[usable].sum())
     due = table.rule_epoch == 0 or table.events >= 2 * table.rule_epoch
-    if due and monitored >= _FIRST_MONITORED and int(usable.sum()) >= _FIT_USERS:
+    if due and monitored >= _FIRST_MONITORED and int(usable.sum()) >= FIT_USERS:
         table.rule = calibrate(shadow.some(usable), settings, np.random.default_rng(table.epoch))
         table.rule_epoch = table.events
         table.tallies = type(gathered).zeros()
