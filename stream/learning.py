@@ -26,6 +26,7 @@ from stream.transport import GroupConsumer, LogReader, Position, Producer, Recor
 
 log = logging.getLogger(__name__)
 
+FAR_BEHIND_TURNS = 8  # more turns' worth of records to read than this: gradients are shed
 _REBUILD_READ_RECORDS = 5_000
 
 
@@ -137,9 +138,9 @@ class LearnerLoop:
         try:
             busy = self._read()
             start_s = self._clock()
-            report = self.model.learn(self._pace.steps_per_turn_max)
+            report = self.model.learn(self._steps_due(start_s))
             spent_s = self._clock() - start_s
-            self._observer.learned(report, self._lag(start_s))
+            self._observer.learned(report, self._lag_records)
             if self._pace.cpu_share < 1 and report.steps:
                 self._sleep(min(1.0, spent_s * (1 / self._pace.cpu_share - 1)))
             if self._dirty and self._clock() - self._last_publish_s >= self._pace.publish_interval_s:
@@ -170,12 +171,14 @@ class LearnerLoop:
                 self._producer.close()
                 self._producer = self._transport.producer(transactional_id=self._id)
 
-    def _lag(self, now_s: float) -> int:
-        """Records behind, asked at most once a second: it is a round trip to the log."""
-        if now_s >= self._next_lag_s:
+    def _steps_due(self, now_s: float) -> int:
+        """Gradient steps of this turn. Far behind, reading comes first: the model sheds what it cannot learn in time."""
+        if now_s >= self._next_lag_s:  # a round trip to the log
             self._next_lag_s = now_s + 1.0
             self._lag_records = sum(self._consumer.lag().values())
-        return self._lag_records
+        return (
+            1 if self._lag_records > FAR_BEHIND_TURNS * self._pace.batch_events_max else self._pace.steps_per_turn_max
+        )
 
     def _read(self) -> bool:
         polled = self._consumer.poll(self._pace.poll_timeout_s, self._pace.batch_events_max)
