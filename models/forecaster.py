@@ -133,7 +133,8 @@ class Forecaster:
         type_ET = np.zeros((count, TYPE_COUNT), np.float32)
         kernel: Any = _top
         for span in self._spans(count):
-            key_EC, moments = self._knowledge.moments(snapshot.take(span), None if gap_s_E is None else gap_s_E[span])
+            gap_s = None if gap_s_E is None else gap_s_E[span]
+            candidates, moments = self._knowledge.moments(snapshot.take(span), gap_s)
             with torch.inference_mode():
                 for n, parts in enumerate(self._steps(hidden_EH[span], moments, steps)):
                     if n == 0:
@@ -141,8 +142,8 @@ class Forecaster:
                         type_ET[span] = torch.softmax(logit_ET, dim=-1).numpy()
                     kernel(
                         *parts.arrays(),
-                        moments.row_EC.numpy(),
-                        key_EC,
+                        candidates.row_EC,
+                        candidates.key_EC,
                         self._keys_V,
                         1.0 / self._temperature,
                         interest_ENK[span, n],
@@ -167,14 +168,15 @@ class Forecaster:
         probability_EN = np.zeros((count, steps), np.float32)
         kernel: Any = _rank
         for span in self._spans(count):
-            key_EC, moments = self._knowledge.moments(snapshot.take(span), None if gap_s_E is None else gap_s_E[span])
+            gap_s = None if gap_s_E is None else gap_s_E[span]
+            candidates, moments = self._knowledge.moments(snapshot.take(span), gap_s)
             target_row_EN = self._knowledge.find(target_EN[span].reshape(-1)).reshape(-1, steps)
             with torch.inference_mode():
                 for n, parts in enumerate(self._steps(hidden_EH[span], moments, steps)):
                     kernel(
                         *parts.arrays(),
-                        moments.row_EC.numpy(),
-                        key_EC,
+                        candidates.row_EC,
+                        candidates.key_EC,
                         self._keys_V,
                         np.ascontiguousarray(target_EN[span, n]),
                         np.ascontiguousarray(target_row_EN[:, n]),
@@ -190,12 +192,13 @@ class Forecaster:
     def _steps(self, hidden_EH: F32, moments: Moments, steps: int) -> Any:
         """The distributions of steps 1..N, one after another."""
         state_EH = self._network.at_moment(torch.from_numpy(np.ascontiguousarray(hidden_EH, np.float32)), moments)
+        view = self._network.view(moments)
         for number in range(1, steps + 1):
-            step = self._network.step(state_EH, moments)
-            logit_EV = self._network.logits(state_EH, moments, self._log_popularity_V)
+            step = self._network.step(state_EH, view)
+            logit_EV = self._network.logits(state_EH, moments.follower_EM, moments.lift_EM, self._log_popularity_V)
             yield _Parts(step=step, logit_EV=logit_EV)
             if number < steps:
-                state_EH = self._network.next_state(step, moments, number + 1)
+                state_EH = self._network.next_state(step, view, number + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,12 +13,12 @@ It starts as the recency rule: the copy score is -log(slot) plus terms that star
 vocabulary pass before a candidate, and the output layer starts as popularity. Learning can only add.
 
 Tensors carry their shape; the legend is in models/features.py. Here also:
-    C  candidates   F  features of one   G  numbers about the moment   M  followers   D  width of an embedding
+    C  slots of candidates   S  those in use   F  numbers of one   G  numbers of the moment   M  followers   D  width
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -39,53 +39,56 @@ NEVER = -30.0  # logarithm of a probability that is none
 
 @dataclass(kw_only=True, slots=True)
 class Moments:
-    """What is known, beside the state, at E moments of forecast.
+    """What is known, beside the state, at E moments of forecast. Candidates are flat: S slots in use, by moment.
 
     Attributes:
-        embedding_EC: row of each candidate in the embedding table.
-        row_EC: row of the vocabulary, -1 = not in it.
-        used_EC: whether there is a candidate in the slot.
-        number_ECF, context_EG: see models/candidates.py; the last two numbers are added by who makes a Moments.
+        place_S: where each slot lies in (E, C), flattened: moment * C + slot.
+        owner_S: the moment of each slot.
+        embedding_S: row of its interest in the embedding table.
+        number_SF, context_EG: see models/candidates.py; two numbers are added by who makes a Moments.
+        copies_E: whether there is any candidate.
         follower_EM, lift_EM: see models/successors.py.
+        slots: C.
     """
 
-    embedding_EC: Tensor
-    row_EC: Tensor
-    used_EC: Tensor
-    number_ECF: Tensor
+    place_S: Tensor
+    owner_S: Tensor
+    embedding_S: Tensor
+    number_SF: Tensor
     context_EG: Tensor
+    copies_E: Tensor
     follower_EM: Tensor
     lift_EM: Tensor
-
-    def head(self, count: int) -> Moments:
-        """The first ones."""
-        return Moments(**{field.name: getattr(self, field.name)[:count] for field in fields(Moments)})
-
-    def pick(self, index_E: Tensor) -> Moments:
-        """These ones."""
-        return Moments(**{field.name: getattr(self, field.name)[index_E] for field in fields(Moments)})
+    slots: int
 
     def to(self, device: torch.device) -> Moments:
         """The same on a device."""
-        return Moments(**{field.name: getattr(self, field.name).to(device) for field in fields(Moments)})
+        moved = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "slots"}
+        return Moments(**moved, slots=self.slots)
+
+
+@dataclass(kw_only=True, slots=True)
+class View:
+    """What the steps of a forecast share: computed once for all of them, see `Network.view`."""
+
+    moments: Moments
+    embedding_SD: Tensor
+    inner_SW: Tensor
+    rank_S: Tensor
 
 
 @dataclass(kw_only=True, slots=True)
 class Step:
-    """One step's distribution, in parts. `copy_EC` are log probabilities, `logit_EV` are not normalised."""
+    """One step's distribution, but for the output layer. `copy_EC` are log probabilities."""
 
     state_EH: Tensor
     copy_EC: Tensor
     log_gate_E: Tensor
     log_rest_E: Tensor
 
-    def head(self, count: int) -> Step:
-        """The first ones."""
-        return Step(**{field.name: getattr(self, field.name)[:count] for field in fields(Step)})
-
     def pick(self, index_E: Tensor) -> Step:
-        """These ones."""
-        return Step(**{field.name: getattr(self, field.name)[index_E] for field in fields(Step)})
+        """Some of the moments."""
+        return Step(**{name: getattr(self, name)[index_E] for name in self.__slots__})
 
 
 class Network(nn.Module):
@@ -152,23 +155,33 @@ class Network(nn.Module):
 
     # ------------------------------------------------------------------ states -> what comes next
 
+    def view(self, moments: Moments) -> View:
+        """What all steps have in common."""
+        return View(
+            moments=moments,
+            embedding_SD=f.embedding(moments.embedding_S, self.interest),
+            inner_SW=self.copy_number(moments.number_SF),
+            rank_S=self.copy_rank * moments.number_SF[:, 0],
+        )
+
     def at_moment(self, hidden_EH: Tensor, moments: Moments) -> Tensor:
         """The state carried to the moment of the forecast: scaled and shifted by the time gap and its like."""
         scale_EH, shift_EH = self.project(moments.context_EG).chunk(2, dim=-1)
         state_EH: Tensor = hidden_EH * (1.0 + scale_EH) + shift_EH
         return state_EH
 
-    def step(self, state_EH: Tensor, moments: Moments) -> Step:
+    def step(self, state_EH: Tensor, view: View) -> Step:
         """Copy head and gate."""
+        moments = view.moments
+        owner_S = moments.owner_S
         seen_EG = torch.cat([state_EH, moments.context_EG], dim=-1)
-        inner_ECW = self.copy_number(moments.number_ECF) + self.copy_state(seen_EG).unsqueeze(1)
-        score_EC = self.copy_score(f.silu(inner_ECW)).squeeze(-1)
-        score_EC = score_EC - self.copy_rank * moments.number_ECF[:, :, 0]
-        embedding_ECD = f.embedding(moments.embedding_EC, self.interest)
-        score_EC = score_EC + torch.einsum("ecd,ed->ec", embedding_ECD, self.copy_match(state_EH))
-        score_EC = score_EC.masked_fill(~moments.used_EC, NEVER)
+        inner_SW = view.inner_SW + self.copy_state(seen_EG)[owner_S]
+        score_S = self.copy_score(f.silu(inner_SW)).squeeze(-1) - view.rank_S
+        score_S = score_S + (view.embedding_SD * self.copy_match(state_EH)[owner_S]).sum(dim=-1)
+        score_EC = torch.full((len(state_EH) * moments.slots,), NEVER, dtype=score_S.dtype, device=score_S.device)
+        score_EC = score_EC.index_copy(0, moments.place_S, score_S).view(-1, moments.slots)
         gate_E = self.gate(seen_EG).squeeze(-1)
-        gate_E = torch.where(moments.used_EC[:, 0], gate_E, torch.full_like(gate_E, NEVER))
+        gate_E = torch.where(moments.copies_E, gate_E, torch.full_like(gate_E, NEVER))
         return Step(
             state_EH=state_EH,
             copy_EC=f.log_softmax(score_EC, dim=-1),
@@ -176,27 +189,27 @@ class Network(nn.Module):
             log_rest_E=f.logsigmoid(-gate_E),
         )
 
-    def logits(self, state_EH: Tensor, moments: Moments, log_popularity_V: Tensor) -> Tensor:
+    def logits(self, state_EH: Tensor, follower_EM: Tensor, lift_EM: Tensor, log_popularity_V: Tensor) -> Tensor:
         """Scores of every interest of the vocabulary, (E, V)."""
         first, last = self.settings.hashed_rows, self.settings.hashed_rows + len(log_popularity_V)
         offset_V = self.bias[first:last] + self.popularity * log_popularity_V
         logit_EV = torch.addmm(offset_V, self.query(state_EH), self.interest[first:last].T)
         if not len(log_popularity_V):
             return logit_EV
-        known_EM = (moments.follower_EM >= 0).to(logit_EV.dtype)
-        return logit_EV.scatter_add(1, moments.follower_EM.clamp(min=0), self.lift * moments.lift_EM * known_EM)
+        return logit_EV.scatter_add(1, follower_EM, self.lift * lift_EM)
 
     def type_logits(self, state_EH: Tensor, moments: Moments) -> Tensor:
         logit_ET: Tensor = self.next_type(torch.cat([state_EH, moments.context_EG], dim=-1))
         return logit_ET
 
-    def next_state(self, step: Step, moments: Moments, number: int) -> Tensor:
+    def next_state(self, step: Step, view: View, number: int) -> Tensor:
         """The decoder's state for step `number` (2, 3, ...), from the step before: free running on the expected
         embedding of the copy head, so that no interest has to be chosen."""
-        embedding_ECD = f.embedding(moments.embedding_EC, self.interest)
         share_EC = torch.exp(step.copy_EC + step.log_gate_E.unsqueeze(-1))
-        expected_ED = torch.einsum("ecd,ec->ed", embedding_ECD, share_EC)
-        code = torch.zeros(len(expected_ED), STEP_CODES, dtype=expected_ED.dtype, device=expected_ED.device)
+        share_S = share_EC.reshape(-1)[view.moments.place_S]
+        expected_ED = torch.zeros(len(share_EC), view.embedding_SD.shape[1], device=share_EC.device)
+        expected_ED = expected_ED.index_add(0, view.moments.owner_S, view.embedding_SD * share_S.unsqueeze(-1))
+        code = torch.zeros(len(expected_ED), STEP_CODES, device=expected_ED.device)
         code[:, min(number, STEP_CODES) - 1] = 1.0
         state_EH: Tensor = self.decoder(torch.cat([expected_ED, code], dim=-1), step.state_EH)
         return state_EH

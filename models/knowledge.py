@@ -15,7 +15,7 @@ import torch
 
 from models.candidates import FEATURES, candidates
 from models.features import F32, U32, EventColumns
-from models.gru import NEVER, Moments
+from models.gru import CANDIDATE_NUMBERS, NEVER, Moments
 from models.inputs import Normaliser, event_numbers
 from models.profile import Snapshot
 from models.settings import NetworkSettings
@@ -23,6 +23,7 @@ from models.successors import Successors
 from models.vocabulary import I32
 
 _IN_RING = FEATURES.index("in_ring")
+LIFT = CANDIDATE_NUMBERS - 2  # where the lift of a candidate stands among its numbers
 _PRIOR = 0.5  # sightings that every interest has had, for the logarithm of popularity
 
 
@@ -34,6 +35,14 @@ class Inputs:
     item_B: npt.NDArray[np.int64]
     type_B: npt.NDArray[np.int64]
     number_BN: F32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """Keys of the candidates, 0 = none in the slot, and their rows in the vocabulary, -1 = not there."""
+
+    key_EC: U32
+    row_EC: I32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +109,8 @@ class Knowledge:
         hashed = self.settings.hashed_rows
         return np.where(row >= 0, row.astype(np.int64) + hashed, key.astype(np.int64) % hashed)
 
-    def moments(self, snapshot: Snapshot, gap_s_E: F32 | None) -> tuple[U32, Moments]:
-        """Keys of the candidates (E, C), 0 = no candidate, and what the network reads of the moments.
+    def moments(self, snapshot: Snapshot, gap_s_E: F32 | None) -> tuple[Candidates, Moments]:
+        """The candidates, and what the network reads of the moments.
 
         Args:
             gap_s_E: seconds from the user's last event to the forecast, NaN or None where not known.
@@ -116,25 +125,31 @@ class Knowledge:
             key_EC = np.where(number_ECF[:, :, _IN_RING] > 0, key_EC, 0).astype(np.uint32)
         if not settings.copy_head:
             key_EC = np.zeros_like(key_EC)
-        row_EC = self.find(key_EC.reshape(-1)).reshape(key_EC.shape)
+        slots = key_EC.shape[1]
+        place_S = np.flatnonzero(key_EC)
+        key_S = key_EC.reshape(-1)[place_S]
+        row_S = self.find(key_S)
+        row_EC = np.full(key_EC.shape, -1, np.int32)
+        row_EC.reshape(-1)[place_S] = row_S
         follower_EM, lift_EM, lift_EC = self.successors.look_up(row_EC, self.popularity_V)
-        log_popularity_EC = np.full(row_EC.shape, NEVER / 10.0, np.float32)
-        if len(self.log_popularity_V):
-            log_popularity_EC = np.where(row_EC >= 0, self.log_popularity_V[row_EC], NEVER / 3.0)
-        number_ECF = np.concatenate(
-            [number_ECF, lift_EC[:, :, None] / 4.0, log_popularity_EC[:, :, None].astype(np.float32) / 8.0 + 1.0],
-            axis=2,
-        )
+        number_SF = np.empty((len(place_S), CANDIDATE_NUMBERS), np.float32)
+        number_SF[:, :-2] = number_ECF.reshape(-1, number_ECF.shape[2])[place_S]
+        number_SF[:, LIFT] = lift_EC.reshape(-1)[place_S] / 4.0
+        number_SF[:, LIFT + 1] = -3.0
+        known = row_S >= 0
+        number_SF[known, LIFT + 1] = self.log_popularity_V[row_S[known]] / 8.0 + 1.0
         moments = Moments(
-            embedding_EC=torch.from_numpy(self.embedding(key_EC, row_EC)),
-            row_EC=torch.from_numpy(row_EC),
-            used_EC=torch.from_numpy(key_EC != 0),
-            number_ECF=torch.from_numpy(number_ECF),
+            place_S=torch.from_numpy(place_S),
+            owner_S=torch.from_numpy(place_S // slots),
+            embedding_S=torch.from_numpy(self.embedding(key_S, row_S)),
+            number_SF=torch.from_numpy(number_SF),
             context_EG=torch.from_numpy(context_EG),
-            follower_EM=torch.from_numpy(follower_EM.astype(np.int64)),
+            copies_E=torch.from_numpy((key_EC != 0).any(axis=1)),
+            follower_EM=torch.from_numpy(np.maximum(follower_EM, 0).astype(np.int64)),
             lift_EM=torch.from_numpy(lift_EM),
+            slots=slots,
         )
-        return key_EC, moments
+        return Candidates(key_EC=key_EC, row_EC=row_EC), moments
 
 
 def _without_gaps(snapshot: Snapshot) -> Snapshot:

@@ -23,12 +23,12 @@ from river.drift import ADWIN
 from torch import Tensor
 from torch.nn import functional as f
 
-from models.features import F32, I64, U64, EventColumns
+from models.features import F32, I64, U32, U64, EventColumns
 from models.forecaster import Forecaster, initial_weights
-from models.gru import NEVER, Moments, Network, log_probability
+from models.gru import NEVER, Moments, Network, Step, log_probability
 from models.history import History, Users, digests, previous_events
 from models.inputs import NUMBER_COUNT, Normaliser
-from models.knowledge import Knowledge
+from models.knowledge import LIFT, Candidates, Knowledge
 from models.optimiser import Optimiser
 from models.profile import EmissionSettings, advance
 from models.settings import LearningSettings, NetworkSettings
@@ -286,10 +286,11 @@ class Learner:
         row_E = number_E % self._history.capacity
         gap_s_E = self._history.gap_s[row_E].copy()
         gap_s_E[self._random.random(len(gap_s_E)) < learning.gap_dropout] = np.nan
-        key_EC, moments = self._moments(row_E, gap_s_E)
+        candidates, moments = self._moments(row_E, gap_s_E)
         target_E = self._history.interest[row_E]
         state_EH = network.at_moment(hidden_EH, moments)
-        log_p_E, known_E = self._log_p(network.step(state_EH, moments), moments, key_EC, target_E)
+        step = network.step(state_EH, network.view(moments))
+        log_p_E, known_E = self._log_p(step, moments, candidates.key_EC, target_E)
         if not known_E.any():
             return None, float("nan")
         mask_E = self._tensor(known_E)
@@ -326,33 +327,45 @@ class Learner:
             hidden_EH = hidden_EH.index_copy(0, index, stepped)
         return hidden_EH
 
-    def _moments(self, row_E: I64, gap_s_E: F32 | None) -> tuple[npt.NDArray[np.uint32], Moments]:
+    def _moments(self, row_E: I64, gap_s_E: F32 | None) -> tuple[Candidates, Moments]:
         """As forecasts see them; what was learned before is seen with the followers of then, which do not know it."""
         history = self._history
-        key_EC, moments = self._knowledge.moments(history.snapshot(row_E), gap_s_E)
-        old = np.flatnonzero(history.learned[row_E])
-        new = np.flatnonzero(~history.learned[row_E])
-        history.follower[row_E[new]] = moments.follower_EM.numpy()[new]
-        history.lift[row_E[new]] = moments.lift_EM.numpy()[new]
-        history.lift_candidate[row_E[new]] = moments.number_ECF.numpy()[new, :, -2]
-        if len(old):
-            moments.follower_EM.numpy()[old] = history.follower[row_E[old]]
-            moments.lift_EM.numpy()[old] = history.lift[row_E[old]]
-            moments.number_ECF.numpy()[old, :, -2] = history.lift_candidate[row_E[old]]
-        return key_EC, moments.to(self._device)
+        candidates, moments = self._knowledge.moments(history.snapshot(row_E), gap_s_E)
+        old = history.learned[row_E]
+        new = np.flatnonzero(~old)
+        follower_EM, lift_EM = moments.follower_EM.numpy(), moments.lift_EM.numpy()
+        lift_S = moments.number_SF.numpy()[:, LIFT]
+        place_S = moments.place_S.numpy()
+        owner_S = moments.owner_S.numpy()
+        history.follower[row_E[new]] = follower_EM[new]
+        history.lift[row_E[new]] = lift_EM[new]
+        lift_EC = np.zeros(candidates.key_EC.shape, np.float16)
+        lift_EC.reshape(-1)[place_S] = lift_S
+        history.lift_candidate[row_E[new]] = lift_EC[new]
+        if old.any():
+            follower_EM[old] = history.follower[row_E[old]]
+            lift_EM[old] = history.lift[row_E[old]]
+            kept = old[owner_S]
+            lift_S[kept] = history.lift_candidate[row_E].reshape(-1)[place_S[kept]]
+        return candidates, moments.to(self._device)
 
     def _log_p(
-        self, step: Any, moments: Moments, key_EC: npt.NDArray[np.uint32], target_E: npt.NDArray[np.uint32]
+        self, step: Step, moments: Moments, key_EC: U32, target_E: U32, due: I64 | None = None
     ) -> tuple[Tensor, npt.NDArray[np.bool_]]:
-        """log p of the targets, and which of them could be forecast at all."""
+        """log p of the targets, and which of them could be forecast at all; `due`: of these moments only."""
         network, log_popularity_V = self._network, self._tensor(self._knowledge.log_popularity_V)
+        follower_EM, lift_EM = moments.follower_EM, moments.lift_EM
+        if due is not None:
+            at = self._tensor(due)
+            step, follower_EM, lift_EM = step.pick(at), follower_EM[at], lift_EM[at]
+            key_EC, target_E = key_EC[due], target_E[due]
         found_EC = (key_EC == target_E[:, None]) & (target_E[:, None] != 0)
         slot_E = np.where(found_EC.any(1), found_EC.argmax(1), -1)
         target_row_E = self._vocabulary.find(target_E).astype(np.int64)
         known_E = (target_row_E >= 0) | (slot_E >= 0)
         general_E = torch.full_like(step.log_gate_E, NEVER)
         if len(log_popularity_V):
-            logit_EV = network.logits(step.state_EH, moments, log_popularity_V)
+            logit_EV = network.logits(step.state_EH, follower_EM, lift_EM, log_popularity_V)
             row_E = self._tensor(np.maximum(target_row_E, 0))
             log_general_E = f.log_softmax(logit_EV, dim=-1).gather(1, row_E.unsqueeze(1)).squeeze(1)
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
@@ -369,27 +382,21 @@ class Learner:
         row_EK, count_E = history.before(chosen, learning.horizon_steps - 1)
         there = count_E >= back_E
         chosen, back_E, row_EK = chosen[there], back_E[there], row_EK[there]
-        order = np.argsort(-back_E, kind="stable")
-        chosen, back_E, row_EK = chosen[order], back_E[order], row_EK[order]
         if not len(chosen):
             return zero
         row_E = row_EK[np.arange(len(chosen)), back_E - 1]
-        key_EC, moments = self._moments(row_E, None)
+        candidates, moments = self._moments(row_E, None)
         target_E = history.interest[chosen % history.capacity]
-        state_EH = network.at_moment(self._tensor(history.hidden[row_E]), moments)
+        view = network.view(moments)
+        step = network.step(network.at_moment(self._tensor(history.hidden[row_E]), moments), view)
         parts = []
-        step = network.step(state_EH, moments)
-        for number in range(2, int(back_E[0]) + 2):
-            alive = int((back_E + 1 >= number).sum())
-            moments = moments.head(alive)
-            state_EH = network.next_state(step.head(alive), moments, number)
-            step = network.step(state_EH, moments)
-            due = np.flatnonzero(back_E[:alive] + 1 == number)
+        for number in range(2, int(back_E.max()) + 2):
+            step = network.step(network.next_state(step, view, number), view)
+            due = np.flatnonzero(back_E + 1 == number)
             if len(due):
-                at = self._tensor(due)
-                log_p, known = self._log_p(step.pick(at), moments.pick(at), key_EC[due], target_E[due])
+                log_p, known = self._log_p(step, moments, candidates.key_EC, target_E, due)
                 parts.append((log_p * self._tensor(known)).sum())
-        return -torch.stack(parts).sum() / len(chosen) if parts else zero
+        return -torch.stack(parts).sum() / len(chosen)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

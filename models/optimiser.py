@@ -31,7 +31,7 @@ class Optimiser:
         self._sums = {name: _sums_for(getattr(network, name)) for name in _TABLES}
         self._dense: list[nn.Parameter] = [p for n, p in network.named_parameters() if n not in _TABLES]
         self._adam = torch.optim.AdamW(
-            self._dense, lr=learning.rate, betas=(0.9, 0.99), weight_decay=learning.weight_decay
+            self._dense, lr=learning.rate, betas=(0.9, 0.99), weight_decay=learning.weight_decay, fused=True
         )
         self.steps = 0
 
