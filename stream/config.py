@@ -224,7 +224,7 @@ class LearnerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     batch_events_max: Annotated[int, Meta(description="events read in one turn, at most", ge=1, le=1_000_000)] = 8_192
     steps_per_turn_max: Annotated[
         int, Meta(description="gradient steps in one turn, at most; what is left over waits for the next", ge=1)
-    ] = 64
+    ] = 16
     rebuild_events: Annotated[
         int, Meta(description="events before the committed position that a restart reads again, per partition", ge=0)
     ] = 100_000

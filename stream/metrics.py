@@ -161,11 +161,7 @@ class WorkerMetrics:
         if counted:
             self._version.set(max(m.weights_version for m in counted))
             self._event_time.set(max(m.time_ms for m in counted) / 1_000)
-            self._progress.add(
-                sum(m.events for m in counted),
-                weights=max(m.weights_version for m in counted),
-                dead_letters=sum(m.dead_letters for m in counted),
-            )
+            self._progress.add(sum(m.events for m in counted), weights=max(m.weights_version for m in counted))
 
     def _quality(self, m: BatchMetrics) -> None:
         for events, suffix in (("all", ""), ("moves", "_moves")):
