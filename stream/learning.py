@@ -172,7 +172,7 @@ class LearnerLoop:
                 self._producer = self._transport.producer(transactional_id=self._id)
 
     def _steps_due(self, now_s: float) -> int:
-        """Gradient steps of this turn. Far behind, reading comes first: the model sheds what it cannot learn in time."""
+        """Gradient steps of this turn. Far behind, reading comes first; the model sheds what it cannot learn in time."""
         if now_s >= self._next_lag_s:  # a round trip to the log
             self._next_lag_s = now_s + 1.0
             self._lag_records = sum(self._consumer.lag().values())
