@@ -20,13 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.forecaster import Forecaster  # noqa: E402
-
 from stream import changelog, pipeline  # noqa: E402
 from stream.assembly import make_pipeline  # noqa: E402
 from stream.changelog import Kind  # noqa: E402
-from stream.loading import load  # noqa: E402
 from stream.engine import PartitionState, merge  # noqa: E402
 from stream.events import EventDecoder  # noqa: E402
+from stream.loading import load  # noqa: E402
 from stream.state import Arena  # noqa: E402
 from stream.transport import LogRecord, TopicPartition  # noqa: E402
 from stream.workload import workload  # noqa: E402

@@ -93,7 +93,6 @@ def driftline(bootstrap: str, prefix: str, topic: str, *roles: str, settings: li
         f"topics.prefix={prefix}",
         f"topics.partitions={PARTITIONS}",
         f"app.name={prefix}app",
-        "learner.checkpoint_dir=",
         *settings,
     ):
         options += ["--set", setting]
