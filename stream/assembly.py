@@ -9,26 +9,29 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from stream.checkpoint import TopicNames
 from stream.config import Config, topic_names
-from stream.errors import ConfigError, Retryable
+from stream.errors import ConfigError, Corrupt, Retryable
 from stream.events import EventDecoder
 from stream.transport import TopicSpec, Transport
 from stream.weights import WeightsFeed
 from stream.worker import Observer, Worker, WorkerParts
 
 if TYPE_CHECKING:
+    from models.settings import NetworkSettings
     from stream.learning import LearnerLoop, LearnerObserver
     from stream.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
 WEIGHTS_CHECK_S = 0.5
-WEIGHTS_WAIT_S = 60.0
+WEIGHTS_WAIT_S = 5.0  # the worker does not poll meanwhile: stay well below a lease; it tries again, bounded
 OUTPUTS = ("forecasts", "alerts", "warnings", "dead_letters", "metrics")
+HASH_KEY_BYTES_MAX = 64  # of the keyed hash, blake2b
 MESSAGE_BYTES_MIN = 1_048_588  # Kafka's default; a block or a chunk of weights must fit
 
 
@@ -66,7 +69,8 @@ def check_topics(transport: Transport, config: Config) -> None:
     """Refuse to start on topics that would lose state or cannot be joined. Raises ConfigError for the first problem."""
     problems = topic_problems(transport, config)
     if problems:
-        raise ConfigError(problems[0])
+        more = f" ({len(problems) - 1} more: `driftline topics list`)" if problems[1:] else ""
+        raise ConfigError(problems[0] + more)
 
 
 def topic_problems(transport: Transport, config: Config) -> list[str]:
@@ -87,7 +91,7 @@ def topic_problems(transport: Transport, config: Config) -> list[str]:
                 f"topic {wanted.name} has {there.partitions} partitions, topics.partitions is {wanted.partitions}; all "
                 "topics of an application need the same number: set it to what the input topic has"
             )
-        if wanted.settings["retention.ms"] == "-1":
+        if "max.message.bytes" in wanted.settings:
             problems += _internal_problems(wanted, there)
     return problems
 
@@ -95,7 +99,7 @@ def topic_problems(transport: Transport, config: Config) -> list[str]:
 def _internal_problems(wanted: TopicSpec, there: TopicSpec) -> list[str]:
     """What is wrong with a topic that holds state."""
     problems = []
-    for key in ("cleanup.policy", "retention.ms"):
+    for key in ("cleanup.policy", "retention.ms", "retention.bytes"):
         value = there.settings.get(key, wanted.settings[key])
         if value != wanted.settings[key]:
             problems.append(
@@ -112,7 +116,12 @@ def _internal_problems(wanted: TopicSpec, there: TopicSpec) -> list[str]:
 
 def make_decoder(config: Config) -> EventDecoder:
     """The decoder of worker and learner: both must see the same events and the same user keys."""
-    return EventDecoder(config.events, config.state.hash_key.reveal().encode()[:64])
+    hash_key = config.state.hash_key.reveal().encode()
+    if len(hash_key) > HASH_KEY_BYTES_MAX:
+        raise ConfigError(
+            f"state.hash_key has {len(hash_key)} bytes, the hash takes {HASH_KEY_BYTES_MAX} at most; shorten it"
+        )
+    return EventDecoder(config.events, hash_key)
 
 
 def make_pipeline(config: Config) -> Pipeline:
@@ -135,15 +144,28 @@ def make_pipeline(config: Config) -> Pipeline:
 class WeightsSwap:
     """Puts newer weights into the pipeline as they appear in the topic. See WeightsSource."""
 
-    def __init__(self, transport: Transport, topic: str, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        topic: str,
+        pipeline: Pipeline,
+        network: NetworkSettings,
+        clock: Callable[[], float],
+    ) -> None:
         self._feed = WeightsFeed(transport.reader(), topic)
+        self._network = network
         self._topic = topic
         self._pipeline = pipeline
         self._clock = clock
         self._next_check_s = clock()
 
     def swap(self, at_least: int = 0) -> None:
-        """Between transactions only. Waits, bounded, while the log has not brought version `at_least` yet."""
+        """Between transactions only. Waits, bounded, while the log has not brought version `at_least` yet.
+
+        Raises:
+            Retryable: it did not come in time.
+            Corrupt: what the topic holds cannot be loaded.
+        """
         if at_least <= self._pipeline.weights_version and self._clock() < self._next_check_s:
             return
         self._next_check_s = self._clock() + WEIGHTS_CHECK_S
@@ -162,23 +184,39 @@ class WeightsSwap:
         from models.snapshot import Weights
 
         newest = self._feed.latest(timeout_s).get("weights")
-        if newest is not None and newest.version > self._pipeline.weights_version:
-            self._pipeline.forecaster = Forecaster.from_weights(Weights.from_bytes(newest.payload))
-            log.info("event=weights_swapped version=%d bytes=%d", newest.version, len(newest.payload))
+        if newest is None or newest.version <= self._pipeline.weights_version:
+            return
+        try:
+            weights = Weights.from_bytes(newest.payload)
+            forecaster = Forecaster.from_weights(weights)
+        except (ValueError, KeyError, RuntimeError) as error:  # their checksum held: written by another program version
+            raise Corrupt(
+                f"weights version {newest.version} in topic {self._topic} cannot be loaded: {_first_line(error)}; run "
+                "worker and learner of one program version, or start under a new app.name and new topics"
+            ) from error
+        if weights.settings != self._network:  # they work: weights carry their own shape
+            log.warning("event=weights_of_another_network version=%d advice=give_all_one_[network]", newest.version)
+        self._pipeline.forecaster = forecaster
+        log.info("event=weights_swapped version=%d bytes=%d", newest.version, len(newest.payload))
 
     def close(self) -> None:
         self._feed.close()
 
 
 def make_worker(config: Config, transport: Transport, observer: Observer, *, reset: str = "earliest") -> Worker:
-    """A worker on an open log; its topics have been checked."""
+    """A worker on an open log; its topics have been checked.
+
+    Inference runs on one thread, unless OMP_NUM_THREADS says otherwise: with two, a hot user's steps wait for each
+    other. The variable is read when the network is first imported, so in a process that did that it changes nothing.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     pipeline = make_pipeline(config)
     names = names_of(config)
     return Worker(
         WorkerParts(
             transport=transport,
             engine=pipeline,
-            weights=WeightsSwap(transport, names.weights, pipeline, time.monotonic),
+            weights=WeightsSwap(transport, names.weights, pipeline, config.network, time.monotonic),
             observer=observer,
             topics=names,
             app=config.app.name,
@@ -196,21 +234,30 @@ def make_worker(config: Config, transport: Transport, observer: Observer, *, res
 def make_learner(
     config: Config, transport: Transport, observer: LearnerObserver, stop: threading.Event, *, reset: str = "earliest"
 ) -> LearnerLoop:
-    """A learner on an open log; its topics have been checked."""
+    """A learner on an open log; its topics have been checked.
+
+    Raises:
+        ConfigError: the device is not there, or the learner's state in the topic was made with other settings.
+    """
     from models.learner import Learner
     from stream.learning import LearnerLoop, LearnerPace
 
-    process = config.learner
+    process, names = config.learner, names_of(config)
 
     def fresh() -> Any:
-        return Learner(config.network, config.learning, seed=config.app.seed, device=process.device)
+        with _device_asked(process.device):
+            return Learner(config.network, config.learning, seed=config.app.seed, device=process.device)
 
     def restored(payload: bytes, version: int) -> Any:
-        return Learner.restore(payload, config.network, config.learning, device=process.device)
+        with _device_asked(process.device):
+            try:
+                return Learner.restore(payload, config.network, config.learning, device=process.device)
+            except ValueError as error:  # the snapshot's checksum held
+                raise ConfigError(f"topic {names.weights}, learner version {version}: {error}") from error
 
     return LearnerLoop(
         transport=transport,
-        topics=names_of(config),
+        topics=names,
         app=config.app.name,
         pace=LearnerPace(
             publish_interval_s=process.publish_interval_s,
@@ -231,3 +278,20 @@ def make_learner(
         sleep=stop.wait,
         reset=reset,
     )
+
+
+@contextmanager
+def _device_asked(device: str) -> Iterator[None]:
+    """A GPU that was asked for by name and cannot be used is a mistake in the settings, not a crash."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA
+        if not device.startswith("cuda"):
+            raise
+        raise ConfigError(
+            f"learner.device is {device!r}, which cannot be used: {_first_line(error)}; set auto or cpu"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
