@@ -37,7 +37,7 @@ from stream.options import (
     command,
     transport_set,
 )  # fmt: skip
-from stream.process import child, log_to, logs_to_file, stop_on_signals
+from stream.process import child, log_to, logs_to_file, stop_on_signals, use_threads
 
 if TYPE_CHECKING:
     from stream.config import Config
@@ -111,6 +111,7 @@ def worker(
 
     config = given.load(*([] if slot is None else [f"worker.slot={slot}"])).config
     log_to(config.app, f"worker.{config.worker.slot}")
+    use_threads(1)
     stop = stop_on_signals(config.worker.shutdown_s, parent)
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
@@ -141,6 +142,7 @@ def learner(
 
     config = given.load().config
     log_to(config.app, "learner")
+    use_threads(config.learner.threads)
     stop = stop_on_signals(config.worker.shutdown_s, parent)
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
@@ -199,7 +201,6 @@ def demo(
             stream,
             children,
             rate_per_s=rate or None,
-            environment={"OMP_NUM_THREADS": "1", **os.environ},
             report=report,
             on_progress=show,
         )

@@ -219,6 +219,9 @@ class LearnerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: Annotated[
         str, Meta(description="auto (a GPU where there is one), cpu or cuda[:N]", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     ] = "auto"
+    threads: Annotated[
+        int, Meta(description="threads of one step on a CPU; a worker always has one, two are slower", ge=1, le=256)
+    ] = 1
     publish_interval_s: Annotated[float, Meta(description="seconds between two versions of the weights", gt=0)] = 5.0
     keep_versions: Annotated[int, Meta(description="complete versions kept in the `weights` topic", ge=1, le=1_000)] = 3
     batch_events_max: Annotated[int, Meta(description="events read in one turn, at most", ge=1, le=1_000_000)] = 8_192

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,7 +63,6 @@ def run_demo(
     children: Sequence[Child],
     *,
     rate_per_s: float | None,
-    environment: Mapping[str, str],
     report: Path,
     on_progress: Callable[[DemoProgress], None],
 ) -> DemoScore:
@@ -80,7 +79,7 @@ def run_demo(
         admin = transport.admin()
         admin.create(topic_specs(config))
         admin.close()
-        elapsed_s = _run_processes(connect, transport, config, stream, children, rate_per_s, environment, on_progress)
+        elapsed_s = _run_processes(connect, transport, config, stream, children, rate_per_s, on_progress)
         judged = _judge(transport, config, stream, elapsed_s)
     finally:
         transport.close()
@@ -95,7 +94,6 @@ def _run_processes(
     stream: ShopStream,
     children: Sequence[Child],
     rate_per_s: float | None,
-    environment: Mapping[str, str],
     on_progress: Callable[[DemoProgress], None],
 ) -> float:
     """Keep the processes alive while the stream goes through them; seconds that it took."""
@@ -103,7 +101,7 @@ def _run_processes(
 
     def keep_alive() -> None:
         try:
-            supervise(children, stop, stop_s=config.worker.shutdown_s + 5, environment=environment)
+            supervise(children, stop, stop_s=config.worker.shutdown_s + 5)
         finally:
             ended.set()
 

@@ -24,7 +24,8 @@ from stream.config import Config, Secret, StateSettings
 from stream.errors import ConfigError, DriftlineError
 from stream.events import EventDecoder
 from stream.partition import partition_of
-from stream.transport import LogReader, Record, TopicPartition, Transport
+from stream.tail import newest_records
+from stream.transport import Record, TopicPartition, Transport
 
 PYTHON_MIN = (3, 11)
 PACKAGES = ("kafka-python", "torch", "numba", "numpy", "river", "orjson", "msgspec", "safetensors", "crc32c")
@@ -34,7 +35,6 @@ SQLITE_SAFE = (3, 51, 3)
 DISK_FREE_MIN = 2 << 30
 CLOCK_AHEAD_MAX_S = 60.0
 SAMPLE_RECORDS = 500  # newest records of each input partition
-READ_TIMEOUT_S = 2.0
 COMMAND_TIMEOUT_S = 20.0
 DEAD_SHARE_WARN = 0.01
 STRAY_SHARE = 0.02  # up to so many keys in a foreign partition, nobody mixes partitioners
@@ -223,16 +223,12 @@ def _input(transport: Transport, config: Config, decoder: EventDecoder) -> Itera
     try:
         for topic, spec in there.items():
             if spec is not None:
-                sample = {p: _newest(reader, TopicPartition(topic, p)) for p in range(spec.partitions)}
+                sample = {
+                    p: newest_records(reader, TopicPartition(topic, p), SAMPLE_RECORDS) for p in range(spec.partitions)
+                }
                 yield from _judge(topic, sample, decoder)
     finally:
         reader.close()
-
-
-def _newest(reader: LogReader, tp: TopicPartition) -> list[Record]:
-    first, end = reader.bounds(tp)
-    start = max(first, end - SAMPLE_RECORDS)
-    return list(reader.read(tp, start, READ_TIMEOUT_S, SAMPLE_RECORDS)) if end > start else []
 
 
 def _judge(topic: str, sample: dict[int, list[Record]], decoder: EventDecoder) -> Iterator[Finding]:

@@ -20,11 +20,9 @@ from stream.errors import ConfigError
 from stream.events import EventDecoder, user_hash
 from stream.partition import partition_of
 from stream.records import Forecast, ShiftAlert
-from stream.tail import time_text
+from stream.tail import read_range, time_text
 from stream.transport import LogReader, Record, TopicPartition, Transport
 
-READ_RECORDS = 2_000
-READ_TIMEOUT_S = 2.0
 NEWEST_RECORDS_MAX = 200_000  # of a topic's partition, looked through for the user
 
 
@@ -127,35 +125,23 @@ def in_lines(p: Portrait) -> list[str]:
 def _state_of(reader: LogReader, tp: TopicPartition, key: int) -> Any:
     """The newest record under this key in the state log; None for none."""
     found = None
-    offset, end = reader.bounds(tp)
-    while offset < end:
-        records = reader.read(tp, offset, READ_TIMEOUT_S, 64)
-        if not records:
-            break  # what is left are marks of transactions
-        for record in records:
-            block = changelog.decode(record.value or b"", f"{tp.topic}-{tp.partition}@{record.offset}")
-            if block.records is None:
-                continue
-            here = np.flatnonzero(block.records["key"] == key)
-            if len(here):
-                gone = block.kind is Kind.TOMBSTONES
-                found = None if gone else changelog.migrate(block.records[here[-1:]], USER)[0]
-        offset = records[-1].offset + 1
+    for record in read_range(reader, tp, *reader.bounds(tp)):
+        block = changelog.decode(record.value or b"", f"{tp.topic}-{tp.partition}@{record.offset}")
+        if block.records is None:
+            continue
+        here = np.flatnonzero(block.records["key"] == key)
+        if len(here):
+            gone = block.kind is Kind.TOMBSTONES
+            found = None if gone else changelog.migrate(block.records[here[-1:]], USER)[0]
     return found
 
 
 def _newest(reader: LogReader, tp: TopicPartition, user: str) -> list[Record]:
     """The user's records among the newest of a partition."""
     first, end = reader.bounds(tp)
-    offset = max(first, end - NEWEST_RECORDS_MAX)
-    key, found = user.encode(), []
-    while offset < end:
-        records = reader.read(tp, offset, READ_TIMEOUT_S, READ_RECORDS)
-        if not records:
-            break
-        found += [record for record in records if record.key == key]
-        offset = records[-1].offset + 1
-    return found
+    key = user.encode()
+    records = read_range(reader, tp, max(first, end - NEWEST_RECORDS_MAX), end)
+    return [record for record in records if record.key == key]
 
 
 def _interest_names(

@@ -58,6 +58,18 @@ def stop_on_signals(deadline_s: float | None = None, parent: int | None = None) 
     return stop
 
 
+def use_threads(count: int) -> None:
+    """How many threads torch takes; it looks at the environment when it is loaded, so this comes first.
+
+    Raises:
+        RuntimeError: too late, torch is loaded.
+    """
+    if "torch" in sys.modules:
+        raise RuntimeError("torch is loaded already and has taken its threads")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(count)
+
+
 def log_to(app: AppSettings, role: str) -> None:
     """Logging: one line an event, key=value; to standard error, or to app.log_file."""
     handler: logging.Handler = logging.StreamHandler()

@@ -18,6 +18,7 @@ from stream.records import BatchMetrics, DeadLetter, Forecast, ShiftAlert
 from stream.transport import LogReader, Record, TopicPartition, Transport
 
 READ_RECORDS = 500
+READ_TIMEOUT_S = 2.0
 WAIT_S = 0.1  # for one partition; the others wait that long
 TEXT_CHARS_MAX = 2_000
 LAST_MAX = 1_000_000
@@ -43,50 +44,73 @@ def topic_of(config: Config, name: str) -> tuple[str, str]:
     raise ConfigError(f"no topic {name!r}; there are events, {', '.join(r.replace('_', '-') for r in names)}")
 
 
-def start_offset(start: str, first: int, end: int) -> int:
-    """Where to begin in a partition: `start`, `end`, or the given number of newest records."""
-    if start == "start":
-        return first
-    if start == "end":
-        return end
-    if start.isdigit() and int(start) <= LAST_MAX:
-        return max(first, end - int(start))
-    raise ConfigError(f"--from {start}: say start, end, or how many of each partition's newest records, e.g. --from 10")
-
-
 def follow(
     transport: Transport, topic: str, partitions: int, *, start: str, follow: bool, stopped: Callable[[], bool]
 ) -> Iterator[Record]:
     """Records of all partitions, each partition in order; without `follow` up to the present end.
 
     Args:
-        start: see `start_offset`.
+        start: `start`, `end`, or how many of each partition's newest records.
         stopped: asked between reads.
     """
+    newest = _count(start)
     tps = [TopicPartition(topic, p) for p in range(partitions)]
     readers: dict[TopicPartition, LogReader] = {}
     try:
         offsets: dict[TopicPartition, int] = {}
-        ends: dict[TopicPartition, int] = {}
         for tp in tps:
             readers[tp] = transport.reader()  # one each, so that a client keeps what it has fetched ahead
-            first, ends[tp] = readers[tp].bounds(tp)
-            offsets[tp] = start_offset(start, first, ends[tp])
-        open_tps = [tp for tp in tps if follow or offsets[tp] < ends[tp]]
-        while open_tps and not stopped():
-            for tp in list(open_tps):
-                # A bounded read waits long enough for the first fetch; then nothing more means the end is a marker.
-                records = readers[tp].read(tp, offsets[tp], WAIT_S if follow else 2.0, READ_RECORDS)
-                for record in records:
-                    if follow or record.offset < ends[tp]:
-                        yield record
-                if records:
-                    offsets[tp] = records[-1].offset + 1
-                if not follow and (not records or offsets[tp] >= ends[tp]):
-                    open_tps.remove(tp)
+            first, end = readers[tp].bounds(tp)
+            if newest is None and start == "end":
+                offsets[tp] = end
+                continue
+            if newest is None:
+                records = read_range(readers[tp], tp, first, end)
+            else:
+                records = iter(newest_records(readers[tp], tp, newest))
+            yield from records
+            offsets[tp] = end
+        while follow and not stopped():
+            for tp in tps:
+                records_now = readers[tp].read(tp, offsets[tp], WAIT_S, READ_RECORDS)
+                yield from records_now
+                if records_now:
+                    offsets[tp] = records_now[-1].offset + 1
     finally:
         for reader in readers.values():
             reader.close()
+
+
+def read_range(reader: LogReader, tp: TopicPartition, offset: int, end: int) -> Iterator[Record]:
+    """The records from `offset` up to `end`; what is left without a record are marks of transactions."""
+    while offset < end:
+        records = reader.read(tp, offset, READ_TIMEOUT_S, READ_RECORDS)
+        if not records:
+            return
+        yield from (record for record in records if record.offset < end)
+        offset = records[-1].offset + 1
+
+
+def newest_records(reader: LogReader, tp: TopicPartition, count: int) -> list[Record]:
+    """The newest records of a partition, oldest first. Marks of transactions take offsets too, so the window grows."""
+    first, end = reader.bounds(tp)
+    span = count
+    while count:
+        start = max(first, end - span)
+        records = list(read_range(reader, tp, start, end))
+        if len(records) >= count or start == first:  # ends: the span doubles until it reaches the head
+            return records[-count:]
+        span *= 2
+    return []
+
+
+def _count(start: str) -> int | None:
+    """The number in `--from N`; None for start and end."""
+    if start in ("start", "end"):
+        return None
+    if start.isdigit() and int(start) <= LAST_MAX:
+        return int(start)
+    raise ConfigError(f"--from {start}: say start, end, or how many of each partition's newest records, e.g. --from 10")
 
 
 def in_words(role: str, record: Record) -> str:

@@ -20,7 +20,8 @@ from stream.config import Config
 from stream.errors import ConfigError, Corrupt, DriftlineError, Fenced, Rebalanced, Retryable
 from stream.loading import load
 from stream.options import Given
-from stream.tail import start_offset, topic_of
+from stream.tail import newest_records, topic_of
+from stream.transport import LogRecord, Record, TopicPartition
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = dict(reference.leaf_commands(typer.main.get_command(app)))
@@ -216,9 +217,34 @@ def test_topics_are_found_by_role_and_by_name() -> None:
         topic_of(config, "alarms")
 
 
-@pytest.mark.parametrize(("start", "offset"), [("start", 5), ("end", 20), ("3", 17), ("100", 5)])
-def test_where_tail_begins(start: str, offset: int) -> None:
-    """At the head, at the end, or N records before it, never below the head."""
-    assert start_offset(start, 5, 20) == offset
-    with pytest.raises(ConfigError, match="--from"):
-        start_offset("yesterday", 5, 20)
+class Holes:
+    """A partition as Kafka shows it: after every three records a transaction mark takes an offset."""
+
+    def __init__(self, head: int, end: int) -> None:
+        self.head, self.end = head, end
+
+    def bounds(self, partition: TopicPartition) -> tuple[int, int]:
+        return self.head, self.end
+
+    def read(self, partition: TopicPartition, offset: int, timeout_s: float, max_records: int = 1_000) -> list[Record]:
+        there = [o for o in range(max(offset, self.head), self.end) if o % 4 != 3]
+        return [LogRecord(*partition, o, 0, None, b"{}") for o in there[:max_records]]
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("count", "offsets"),
+    [(0, []), (1, [18]), (3, [16, 17, 18]), (4, [14, 16, 17, 18]), (99, [9, 10, 12, 13, 14, 16, 17, 18])],
+)
+def test_the_newest_records_are_found_among_marks(count: int, offsets: list[int]) -> None:
+    """`--from N` gives N records whatever else takes offsets, and never goes below the head."""
+    found = newest_records(Holes(9, 20), TopicPartition("t", 0), count)
+    assert [record.offset for record in found] == offsets
+
+
+def test_a_wrong_beginning_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--from takes start, end or a number."""
+    shop(folder)
+    assert run("tail", "events", "--from", "yesterday") == 2
+    assert "--from yesterday" in capsys.readouterr().err
