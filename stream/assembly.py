@@ -276,6 +276,7 @@ def make_learner(
         observer=observer,
         clock=time.monotonic,
         sleep=stop.wait,
+        nonce=lambda: os.urandom(16).hex(),
         reset=reset,
     )
 

@@ -26,6 +26,7 @@ from stream.transport import GroupConsumer, LogReader, Position, Producer, Recor
 
 log = logging.getLogger(__name__)
 
+BARRIER_TIMEOUT_S = 60.0
 FAR_BEHIND_TURNS = 8  # more turns' worth of records to read than this: gradients are shed
 _REBUILD_READ_RECORDS = 5_000
 
@@ -100,12 +101,13 @@ class LearnerLoop:
         observer: LearnerObserver,
         clock: Callable[[], float],
         sleep: Callable[[float], object],
+        nonce: Callable[[], str],
         reset: str = "earliest",
         on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._transport, self._topics, self._pace, self._decoder = transport, topics, pace, decoder
         self._fresh, self._restore, self._observer = fresh, restore, observer
-        self._clock, self._sleep, self._reset, self._on_step = clock, sleep, reset, on_step
+        self._clock, self._sleep, self._nonce, self._reset, self._on_step = clock, sleep, nonce, reset, on_step
         self._id = f"{app}.learner"
         self._failures = 0
         self._positions: dict[TopicPartition, int] = {}
@@ -119,7 +121,11 @@ class LearnerLoop:
         self._snapshots: list[weights.Snapshot] = []
         self._group: object = None
         self._last_publish_s = clock()
-        self.model = self._load()
+        self.model: LearnerModel
+        try:
+            self.model = self._load()
+        except Retryable as error:
+            self._start_over(error)
 
     # ------------------------------------------------------------------ the loop
 
@@ -172,7 +178,7 @@ class LearnerLoop:
                 self._producer = self._transport.producer(transactional_id=self._id)
 
     def _steps_due(self, now_s: float) -> int:
-        """Gradient steps of this turn. Far behind, reading comes first; the model sheds what it cannot learn in time."""
+        """Gradient steps of this turn. Far behind, reading comes first; the model sheds what it cannot learn."""
         if now_s >= self._next_lag_s:  # a round trip to the log
             self._next_lag_s = now_s + 1.0
             self._lag_records = sum(self._consumer.lag().values())
@@ -254,8 +260,13 @@ class LearnerLoop:
     # ------------------------------------------------------------------ starting and starting over
 
     def _load(self) -> LearnerModel:
-        """The model as of the newest committed snapshot, or version 0."""
-        newest = self._feed.latest(0.5)
+        """The model as of the newest committed snapshot, or version 0.
+
+        Our producer has fenced every older learner; what one of them committed lies before our mark.
+        """
+        nonce = self._nonce()
+        weights.send_barrier(self._producer, self._topics.weights, nonce)
+        newest = self._feed.until(nonce, BARRIER_TIMEOUT_S, self._clock)
         for snapshot in newest.values():
             self._snapshots.append(
                 weights.Snapshot(
@@ -318,18 +329,26 @@ class LearnerLoop:
             reader.close()
 
     def _start_over(self, error: Retryable) -> None:
-        """Back to the last commit: new clients, the newest committed snapshot, its positions."""
-        self._failures += 1
-        self._observer.event("learner_retry", failures=self._failures, error=str(error))
-        if self._failures > self._pace.retries_max:
-            raise error
-        self._sleep(min(10.0, self._pace.backoff_s * 2 ** (self._failures - 1)))
+        """Back to the last commit: new clients, the newest committed snapshot, its positions. Bounded tries."""
+        while True:
+            self._failures += 1
+            self._observer.event("learner_retry", failures=self._failures, error=str(error))
+            if self._failures > self._pace.retries_max:
+                raise error
+            self._sleep(min(10.0, self._pace.backoff_s * 2 ** (self._failures - 1)))
+            try:
+                self._connect(keep_producer=isinstance(error, Rebalanced))
+                return
+            except Retryable as again:
+                error = again
+
+    def _connect(self, *, keep_producer: bool) -> None:
         self._consumer.close()
         self._feed.close()
         self._positions.clear()
         self._dirty = False
         self._snapshots.clear()
-        if not isinstance(error, Rebalanced):
+        if not keep_producer:
             # After a rebalance nothing is open. A new producer would fence the other learner that may have joined;
             # the old one is told by its next call if it was fenced.
             self._producer.close()

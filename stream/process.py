@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def child(given: Given, name: str, shown: str, *arguments: str) -> Child:
     """A command of ours as a process of its own, which ends when we do."""
     line = [sys.executable, "-m", "stream.cli", name, *given.arguments(), *arguments, "--parent", str(os.getpid())]
-    return Child(name=shown, command=line, final_codes=FINAL_CODES)
+    return Child(name=shown, command=line, final_codes=FINAL_CODES, critical=name != "learner")
 
 
 def stop_on_signals(deadline_s: float | None = None, parent: int | None = None) -> threading.Event:

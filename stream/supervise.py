@@ -5,7 +5,7 @@
         crashed    ▼  │ after a pause that doubles, at most RESTARTS_MAX times in a row
                  waiting ──too often, or an exit that no restart can mend──> failed: the others are stopped too
 
-A learner that dies never stops inference: only after its last restart does it take the worker down with it, loudly.
+A child that is not critical (the learner) never stops the others: it is started again for ever, at longer pauses.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Child:
 
     name: str
     command: Sequence[str]
+    critical: bool = True
     final_codes: frozenset[int] = frozenset({2, 3})
 
 
@@ -70,10 +71,10 @@ class _Running:
             return None
         if time.monotonic() - self._started_s > HEALTHY_S:
             self.restarts = 0
-        if code in self.child.final_codes or self.restarts >= RESTARTS_MAX:
+        if self.child.critical and (code in self.child.final_codes or self.restarts >= RESTARTS_MAX):
             log.error("event=child_failed name=%s code=%d restarts=%d", self.child.name, code, self.restarts)
             return code
-        pause_s = min(PAUSE_MAX_S, PAUSE_S * 2**self.restarts)
+        pause_s = min(PAUSE_MAX_S, PAUSE_S * 2 ** min(self.restarts, 10))
         self.restarts += 1
         self.due_s = time.monotonic() + pause_s
         log.warning(

@@ -5,6 +5,8 @@ A version is one run of records in partition 0, written in one transaction. The 
     weights/<version>/<chunk>/<chunks>/<sha256 of the whole>
     learner/<version>/<chunk>/<chunks>/<sha256 of the whole>     all else that learning needs to go on
 
+    barrier/<nonce>/0/1/-            the learner's own mark: what its predecessor committed lies before it
+
 A reader takes the newest complete version whose checksum holds. Older versions are deleted from the head, never the
 newest three.
 """
@@ -12,15 +14,16 @@ newest three.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from stream.errors import Corrupt
+from stream.errors import Corrupt, Retryable
 from stream.transport import LogReader, Producer, TopicPartition
 
 CHUNK_BYTES = 900_000
 PARTITION = 0
 KINDS = ("weights", "learner")
+_BARRIER = b"barrier/"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,14 @@ def send(producer: Producer, topic: str, kind: str, version: int, payload: bytes
         producer.send(topic, PARTITION, key, value)
 
 
+def send_barrier(producer: Producer, topic: str, nonce: str) -> None:
+    """A transaction of its own with nothing but the learner's mark."""
+    producer.begin()
+    producer.send(topic, PARTITION, _BARRIER + nonce.encode(), b"")
+    producer.flush()
+    producer.commit()
+
+
 class WeightsFeed:
     """Follows the topic and hands out each complete snapshot once, oldest first."""
 
@@ -57,12 +68,16 @@ class WeightsFeed:
         self._offset = 0
         self._parts: dict[tuple[str, int], list[bytes]] = {}
         self._first: dict[tuple[str, int], int] = {}
+        self._barriers: set[str] = set()
 
     def poll(self, timeout_s: float, max_records: int = 64) -> list[Snapshot]:
         """Snapshots completed by what lies in the log now; at most `max_records` records are read."""
         done = []
         for record in self._reader.read(self._tp, self._offset, timeout_s, max_records):
             self._offset = record.offset + 1
+            if record.key is not None and record.key.startswith(_BARRIER):
+                self._barriers.add(record.key[len(_BARRIER) :].decode())
+                continue
             where = f"{self._tp.topic}-{PARTITION}@{record.offset}"
             kind, version, chunk, count, digest = _parse(record.key, where)
             if kind not in self._kinds:
@@ -93,6 +108,24 @@ class WeightsFeed:
                 newest[snapshot.kind] = snapshot
             if self._offset == before:
                 break
+        return newest
+
+    def until(self, nonce: str, timeout_s: float, clock: Callable[[], float]) -> dict[str, Snapshot]:
+        """Read up to a barrier that has been committed; the newest snapshot of each kind before it.
+
+        Raises:
+            Retryable: the barrier did not become visible for `timeout_s` without any progress.
+        """
+        newest: dict[str, Snapshot] = {}
+        last_progress_s = clock()
+        while nonce not in self._barriers:
+            before = self._offset
+            for snapshot in self.poll(0.5):
+                newest[snapshot.kind] = snapshot
+            if self._offset != before:
+                last_progress_s = clock()
+            elif clock() - last_progress_s > timeout_s:
+                raise Retryable(f"topic {self._tp.topic}: a committed mark did not become visible in {timeout_s:.0f} s")
         return newest
 
     def close(self) -> None:

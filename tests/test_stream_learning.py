@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ PACE = LearnerPace(
     retries_max=10,
     backoff_s=0.01,
 )
+
+
+_nonces = itertools.count()
 
 
 class Killed(BaseException):
@@ -112,6 +116,7 @@ def learner(
         observer=observer or Silent(),
         clock=clock,
         sleep=clock.advance,
+        nonce=lambda: f"n{next(_nonces)}",
         on_step=on_step,
     )
 

@@ -69,3 +69,15 @@ def test_a_stop_reaches_every_child(tmp_path: Path) -> None:
     stop.clear()
     threading.Thread(target=stop_when_up, daemon=True).start()
     assert supervise([child("deaf", deaf)], stop, stop_s=0.5) < 0
+
+
+def test_a_learner_that_never_recovers_stops_nobody(tmp_path: Path) -> None:
+    """A child that is not critical is started again and again while the others work on."""
+    mark = tmp_path / "lives"
+    code = f"import pathlib, sys; pathlib.Path({str(mark)!r}).open('a').write('x'); sys.exit(2)"
+    sick = Child(name="learner", command=[sys.executable, "-c", code], critical=False)
+    stop = threading.Event()
+    threading.Thread(target=lambda: (time.sleep(2.0), stop.set()), daemon=True).start()
+    good = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
+    assert supervise([child("worker", good), sick], stop, stop_s=10) == 0
+    assert len(mark.read_text()) > 2
