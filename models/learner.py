@@ -343,7 +343,8 @@ class Learner:
         lift_EC.reshape(-1)[place_S] = lift_S
         history.lift_candidate[row_E[new]] = lift_EC[new]
         if old.any():
-            follower_EM[old] = history.follower[row_E[old]]
+            # An event that was shed, or re-read after a restart, has none kept: row 0 with a lift of 0.
+            follower_EM[old] = np.maximum(history.follower[row_E[old]], 0)
             lift_EM[old] = history.lift[row_E[old]]
             kept = old[owner_S]
             lift_S[kept] = history.lift_candidate[row_E].reshape(-1)[place_S[kept]]
