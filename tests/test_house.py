@@ -146,7 +146,7 @@ def test_the_readme_shows_the_tree_as_it_is() -> None:
     block = re.search(r"```\n(driftline/\n.*?)```", readme(), re.DOTALL)
     assert block, "README has no tree"
     shown = {line.split()[0].rstrip("/") for line in block.group(1).splitlines()[1:] if re.match(r"  \S", line)}
-    there = {name_of(p).split("/")[0] for p in tracked()} - {".gitignore"}
+    there = {name_of(p).split("/")[0] for p in tracked()} - {".gitignore", ".dockerignore"}
     assert shown == there
 
 
@@ -245,3 +245,30 @@ def test_the_readme_names_settings_that_exist() -> None:
     )
     files = {n for n in named if re.search(r"\.(py|toml|md|txt|yaml)$", n)}
     assert named - files - {n for n in named if n.startswith("kafka.")} <= known
+
+
+def test_docker_files_call_what_exists() -> None:
+    """Commands and settings in Dockerfile and compose file are ones that the command line takes; nobody is root."""
+    import typer
+
+    from stream.cli import app
+    from stream.loading import load
+    from stream.reference import leaf_commands
+
+    leaves = dict(leaf_commands(typer.main.get_command(app)))
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    compose = (ROOT / "docker" / "compose.yaml").read_text()
+    lists = [
+        json.loads(line) for line in re.findall(r"^\s*(?:CMD|command:) (\[.*\])$", dockerfile + compose, re.MULTILINE)
+    ]
+    blocks = re.findall(r"command:\n((?: +- \".*\"\n)+)", compose)
+    lists += [re.findall(r'- "(.*)"', block) for block in blocks]
+    called = [words for words in lists if words[0] not in ("python",)]
+    assert len(called) == 4
+    for words in called:
+        name = " ".join(words[:2]) if words[0] == "topics" else words[0]
+        context = leaves[name].make_context(name, words[len(name.split()) :])
+        load(None, context.params["sets"])
+    assert re.search(r"^USER driftline$", dockerfile, re.MULTILINE)
+    for path in re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile, re.MULTILINE):
+        assert all((ROOT / part).exists() for part in path.split())
