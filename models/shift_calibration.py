@@ -358,7 +358,7 @@ def match_ages(histories: Histories, rule: Rule, settings: ShiftSettings) -> Rul
     target = rule.false_alarm_events
     base = rule.thresholds[0]
     offsets = np.zeros(AGES)
-    for _ in range(3):
+    for _ in range(6):
         tallies = run(histories, _with(rule, (base + offsets).tolist()), settings).tallies
         expected = tallies.monitored_G / target
         step = np.log((tallies.alarms_G + _POOL_ALARMS) / (expected + _POOL_ALARMS)) / rule.tail
@@ -386,7 +386,7 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
     trial = _Trial(histories.some(half), histories.some(~half), settings, rng, per_user)
     best = min((trial.judge(choice) for choice in _first_choices(settings)), key=lambda judged: judged[0])
     if settings.statistic != "fixed":
-        others = [trial.judge(choice) for choice in _finer_choices(best[1])]
+        others = [trial.judge(choice) for choice in _finer_choices(best[1], settings)]
         if settings.statistic == "learned":
             others = [judged for judged in [best, *others] if judged[1].features]
             best = others[0]
@@ -401,35 +401,52 @@ class Choice:
 
     by_session: bool
     short_share: float = 0.0
+    kappa: float = 8.0
+    usual_guarded: bool = False
     features: tuple[int, ...] = ()
     drift: float = 0.0
 
 
 def _first_choices(settings: ShiftSettings) -> Iterator[Choice]:
     """The unit of evidence, the alternative, and whether learning helps at all."""
+    kappas = (settings.kappa, 2.5 * settings.kappa)
     for by_session in (True, False):
-        if settings.evidence in ("auto", "session" if by_session else "event"):
-            for short_share in (0.0, 0.3):
-                if settings.statistic != "learned":
-                    yield Choice(by_session=by_session, short_share=short_share)
-                if settings.statistic != "fixed" and not (by_session and short_share):
-                    yield Choice(by_session=by_session, short_share=short_share, features=_BASE)
+        if settings.evidence not in ("auto", "session" if by_session else "event"):
+            continue
+        for short_share in (0.0, 0.3):
+            for kappa in kappas if settings.statistic != "learned" else ():
+                yield Choice(by_session=by_session, short_share=short_share, kappa=kappa)
+            if settings.statistic != "fixed":
+                yield Choice(
+                    by_session=by_session, short_share=short_share, kappa=settings.kappa, features=_FEATURE_SETS[1]
+                )
 
 
-def _finer_choices(best: Choice) -> Iterator[Choice]:
+def _finer_choices(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
     """Other features and drifts for the unit that did best."""
-    for features in _FEATURE_SETS:
-        for drift in _DRIFTS:
-            yield Choice(by_session=best.by_session, short_share=best.short_share, features=features, drift=drift)
+    for short_share in sorted({0.0, best.short_share}):
+        for features in _FEATURE_SETS:
+            for drift in _DRIFTS:
+                for guarded in (False, True) if 7 in features else (False,):
+                    yield Choice(
+                        by_session=best.by_session,
+                        short_share=short_share,
+                        kappa=settings.kappa,
+                        usual_guarded=guarded,
+                        features=features,
+                        drift=drift,
+                    )
 
 
 def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
-    return fixed_rule(
+    rule = fixed_rule(
         by_session=choice.by_session,
         threshold=settings.threshold,
         drift=settings.drift,
+        kappa=choice.kappa,
         short_share=choice.short_share,
     )
+    return msgspec.structs.replace(rule, usual_guarded=choice.usual_guarded)
 
 
 def _rule(choice: Choice, settings: ShiftSettings, own_and_foreign: tuple[F64, F64]) -> Rule:
@@ -459,11 +476,11 @@ class _Trial:
         never = fixed_rule(by_session=True, threshold=_NEVER, drift=settings.drift)
         monitored, _ = alarm_rate(judged_on, never, settings)
         self._false_alarm_events = min(settings.false_alarm_events, max(50.0, monitored / (2 * _MATCH_ALARMS)))
-        self._units: dict[tuple[bool, float], tuple[F64, F64]] = {}
+        self._units: dict[tuple[bool, float, float], tuple[F64, F64]] = {}
 
     def judge(self, choice: Choice) -> tuple[float, Choice]:
         """Mean delay on made shifts."""
-        key = (choice.by_session, choice.short_share)
+        key = (choice.by_session, choice.short_share, choice.kappa)
         if choice.features and key not in self._units:
             plain = _plain(choice, self._settings)
             self._units[key] = units(self._fitted_on, plain, self._settings, np.random.default_rng(0))

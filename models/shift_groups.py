@@ -147,7 +147,10 @@ class GroupTable:
         self._total_S = np.zeros(256, np.float64)  # frozen: sum of weights by segment
         self._interests = 0  # frozen: interests known at the last cut
         self.rule = fixed_rule(
-            by_session=settings.evidence != "event", threshold=settings.threshold, drift=settings.drift
+            by_session=settings.evidence != "event",
+            threshold=settings.threshold,
+            drift=settings.drift,
+            kappa=settings.kappa,
         )
         self.rule_epoch = 0  # the cut at which the rule was last fitted
         self.tallies = Tallies.zeros()  # frozen: since the rule was fitted, up to the last cut
@@ -272,7 +275,7 @@ class GroupTable:
     def _recount(self) -> None:
         segment = (self._keys >> np.uint64(32)).astype(np.int64)
         self._total_S = np.bincount(segment, weights=self._weight, minlength=256).astype(np.float64)
-        self._interests = int((segment == 0).sum())
+        self._interests = int(((segment == 0) & (self._weight > 0)).sum())  # without those that came since the cut
 
     # ------------------------------------------------------------------ bytes
 

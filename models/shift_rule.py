@@ -21,6 +21,8 @@ class Rule(Struct, frozen=True, kw_only=True):
         name: event, session (the fixed rules), or learned-event, learned-session.
         by_session: the unit of evidence: a session, or one event.
         short_share: share of the user's last events in what a shifted user is expected to do.
+        kappa: events' worth of the segment's shares mixed into a user's slow profile.
+        usual_guarded: the user's mean unit does not learn while evidence builds.
         drift: taken from the log-likelihood ratio of every distinct interest, nats.
         coefficients: of the unit's features (models/walk.py), then the constant; a fixed rule takes the first as it is.
         thresholds: evidence that an alarm takes, by age of the user.
@@ -31,7 +33,9 @@ class Rule(Struct, frozen=True, kw_only=True):
     name: str
     by_session: bool
     short_share: float
+    kappa: float
     drift: float
+    usual_guarded: bool = False
     coefficients: tuple[float, ...]
     thresholds: tuple[float, ...]
     tail: float = 1.0
@@ -41,12 +45,15 @@ class Rule(Struct, frozen=True, kw_only=True):
         return np.array(self.thresholds)
 
 
-def fixed_rule(*, by_session: bool, threshold: float, drift: float, short_share: float = 0.0) -> Rule:
+def fixed_rule(
+    *, by_session: bool, threshold: float, drift: float, kappa: float = 8.0, short_share: float = 0.0
+) -> Rule:
     """The rule that nothing was learned for: the summed ratio over the square root of the number of interests."""
     return Rule(
         name="session" if by_session else "event",
         by_session=by_session,
         short_share=short_share,
+        kappa=kappa,
         drift=drift,
         coefficients=(1.0,) + (0.0,) * FEATURE_COUNT,
         thresholds=(threshold,) * AGES,

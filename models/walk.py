@@ -9,6 +9,7 @@ On the way of an event: `advance` (models/profile.py) hands a batch to `walk`. W
       ring_*         the last RING events, circular: the newest is at (events - 1) % RING
       slow_*         the slow profile: up to PROFILE interests with exponentially decayed weights, as logarithms:
                      decay is a subtraction of integers, the same in a batch of any size
+      tail           16-bit marks of what fell out of it lately: known, though not by how much
       detector       evidence, session_*, usual, watch: 16 bytes
       averages, times, counters
 
@@ -34,6 +35,7 @@ F64 = npt.NDArray[np.float64]
 AGE_EDGES = (40, 80, 160, 320, 640, 1_280)  # events; thresholds are kept by age of the user
 RING = 16  # a power of two
 PROFILE = 32
+TAIL = 32
 HIDDEN = 64
 
 # A ring entry's type byte: 5 bits of type, 3 flags.
@@ -106,6 +108,7 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
         ("dedupe", "<u4", (4,)),  # hashes of the last event ids, where deduplication is on
         ("ring_gap", "<u2", (ring,)),  # round(2048 * log2(1 + seconds since the user's event before)), clipped
         ("slow_weight", "<u2", (profile,)),  # logarithm of the decayed count, see `weight_of`; as of the last event
+        ("tail", "<u2", (TAIL,)),  # marks of the interests that last fell out of the slow profile; 0 = none
         ("watch", "<i2"),  # n >= 0: events since the evidence was last 0; -n: events until evidence is gathered again
         ("session_share", "<u2"),  # share of the slow profile that the unit's interests make up, in 1/65535
         ("alerts", "<u2"),
@@ -114,6 +117,7 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
         ("session_count", "u1"),  # distinct interests in the unit under way
         ("session_known", "u1"),  # those of them that the slow profile knows
         ("session_best", "u1"),  # largest share of one of them in the slow profile, in 1/255
+        ("tail_next", "u1"),
         ("usual", "i1"),  # running mean of the units' evidence, in 1/32 nats
         ("user_flags", "u1"),
         ("segment", "u1"),
@@ -189,6 +193,7 @@ class Parameters(NamedTuple):
     age_min: int
     refractory: int
     hold_share: float
+    usual_guarded: bool
     policy: int
     max_events: int
     max_age_ms: int
@@ -205,7 +210,8 @@ _SHARE_SCALE = 65_535.0
 _BEST_SCALE = 255.0
 _USUAL_SCALE = 32.0
 _USUAL_RATE = 0.2
-_KNOWN_WEIGHT = 0.5  # decayed count from which the slow profile knows an interest
+_TAIL_WEIGHT = 0.3
+_KNOWN_WEIGHT = 0.25  # decayed count from which the slow profile knows an interest
 _BACK_MS_MAX = 3_600_000  # a longer step back in time is a clock that was wrong before, and is followed
 
 
@@ -281,10 +287,21 @@ def _keep(user: Any, event: int, room: Any, e: int) -> None:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
+def _mark(interest: int) -> int:
+    """A 16-bit mark of an interest, never 0; two interests share one in 65,535."""
+    return max(1, ((int(interest) * 40_503) >> 8) & 65_535)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _slow_weight(user: Any, interest: int) -> float:
+    """Decayed count of an interest, of one that fell out of the profile a constant."""
     for p in range(PROFILE):
         if user.slow_interest[p] == interest:
             return float(weight_of(user.slow_weight[p]))
+    mark = _mark(interest)
+    for i in range(TAIL):
+        if user.tail[i] == mark:
+            return _TAIL_WEIGHT
     return 0.0
 
 
@@ -299,6 +316,13 @@ def _learn_slow(user: Any, interest: int, weight: float) -> None:
             return
         if user.slow_weight[p] < user.slow_weight[lightest]:
             lightest = p
+    mark = _mark(interest)
+    for i in range(TAIL):
+        if user.tail[i] == mark:
+            user.tail[i] = 0
+    if user.slow_interest[lightest] != 0:
+        user.tail[user.tail_next] = _mark(user.slow_interest[lightest])
+        user.tail_next = (int(user.tail_next) + 1) % TAIL
     user.slow_interest[lightest] = interest
     user.slow_weight[lightest] = _code_of(weight)
     user.slow_total += weight
@@ -389,10 +413,10 @@ def _value(user: Any, coefficients_F: Any, features_F: Any) -> float:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _close(user: Any) -> None:
-    """The unit under way is over: it enters the mean of the user's units, and the next one is empty."""
+def _close(user: Any, typical: bool) -> None:
+    """The unit under way is over: a typical one enters the mean of the user's units. The next one is empty."""
     count = int(user.session_count)
-    if count:
+    if count and typical:
         value = user.session_sum / math.sqrt(count) * _USUAL_SCALE
         user.usual = round(min(127.0, max(-127.0, user.usual + _USUAL_RATE * (value - user.usual))))
     user.session_sum = 0.0
@@ -419,6 +443,7 @@ def _anchor_anew(user: Any, refractory: int) -> None:
     """After an alarm the slow profile is what the user did since the onset; the detector starts afresh."""
     events = int(user.events)
     since = max(1, min(int(user.watch), min(events, RING)))
+    user.tail[:] = 0
     for q in range(PROFILE):
         user.slow_interest[q] = 0
         user.slow_weight[q] = 0
@@ -429,7 +454,7 @@ def _anchor_anew(user: Any, refractory: int) -> None:
         if i < since:
             _learn_slow(user, user.ring_interest[slot], 1.0)
     user.evidence = 0.0
-    _close(user)
+    _close(user, False)
     user.watch = -refractory
     user.alerts = min(65_535, int(user.alerts) + 1)
 
@@ -545,7 +570,8 @@ def walk(
                 user.evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
                 if user.evidence <= 0.0:
                     _calm(user)
-            _close(user)
+            group = np.searchsorted(_AGE_EDGES, age, side="right")
+            _close(user, not p.usual_guarded or user.evidence <= p.hold_share * thresholds_G[group])
 
         # evidence of the unit under way, from the record before this event
         weight = _slow_weight(user, interest)
