@@ -223,6 +223,7 @@ def make_worker(config: Config, transport: Transport, observer: Observer, *, res
             partitions=config.topics.partitions,
             settings=config.worker,
             block_bytes_max=config.state.block_bytes_max,
+            cleaning_factor=config.state.cleaning_factor,
             clock=time.monotonic,
             sleep=time.sleep,
             nonce=lambda: os.urandom(16),

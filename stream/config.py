@@ -203,6 +203,9 @@ class StateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     block_bytes_max: Annotated[
         int, Meta(description="size of one record of the `state` topic, bytes", ge=10_000, le=100_000_000)
     ] = 900_000
+    cleaning_factor: Annotated[
+        float, Meta(description="a partition's state log is cleaned above this many times its live bytes", ge=1.5)
+    ] = 3.0
 
 
 class ForecastSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
