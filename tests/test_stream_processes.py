@@ -1,0 +1,121 @@
+"""The commands as real processes on an embedded log: demo from end to end, run with its children, clean stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stream.process import stop_on_signals, use_threads
+
+TIMEOUT_S = 180
+
+
+def driftline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "DRIFTLINE_CONFIG"}
+    return subprocess.run(
+        [sys.executable, "-m", "stream.cli", *arguments],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "nothing happened in time"
+        time.sleep(0.2)
+
+
+def test_the_demo_runs_from_end_to_end(tmp_path: Path) -> None:
+    """Worker and learner handle every record of a generated stream; it ends with the table and the report.
+
+    The bad records that were planted come out as dead letters with their reasons, and no process is left behind.
+    """
+    done = driftline(tmp_path, "demo", "--users", "80", "--events", "4000", "--rate", "0", "--out", "out")
+    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in (tmp_path / "out").glob("*.log"))
+    assert "What the run was worth" in done.stdout
+    assert "every bad record, each" in done.stdout
+    assert (tmp_path / "out" / "report.html").stat().st_size > 100_000
+    assert "event=stopping" in (tmp_path / "out" / "worker.log").read_text()
+    assert not (tmp_path / "var").exists(), "everything lies in the folder that was named"
+
+
+def test_run_starts_both_and_stops_them(tmp_path: Path) -> None:
+    """`driftline run` forecasts and learns in processes of their own; SIGTERM ends all of them with exit code 0."""
+    assert driftline(tmp_path, "simulate", "--users", "50", "--events", "2000").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stream.cli", "run", "--set", "app.log_file=run.log", "--set",
+         "learner.publish_interval_s=0.5"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )  # fmt: skip
+    try:
+        journal = tmp_path / "run.log"
+        wait_for(lambda: journal.exists() and "event=weights_swapped version=1" in journal.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+    text = journal.read_text()
+    assert text.count("event=stopping signal=SIGTERM") == 3
+    shown = driftline(tmp_path, "tail", "forecasts", "--from", "1", "--no-follow")
+    assert "next" in shown.stdout
+    assert driftline(tmp_path, "user", "u000001").stdout.startswith("u000001: ")
+    assert driftline(tmp_path, "doctor").returncode == 0
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    """A child whose `run` was killed does not go on alone."""
+    code = (
+        "import subprocess, sys, os\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'stream.cli', 'worker', '--parent', str(os.getpid()),"
+        " '--set', 'app.log_file=worker.log'])\n"
+        "open('pid', 'w').write(str(child.pid))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=TIMEOUT_S, check=True)
+    journal = tmp_path / "worker.log"
+    wait_for(lambda: journal.exists() and "why=parent_gone" in journal.read_text())
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(
+        lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3]
+    )
+
+
+def test_signals_set_the_event() -> None:
+    """SIGTERM and Ctrl-C ask for a clean stop; nothing is thrown into the loop."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = stop_on_signals()
+        assert isinstance(stop, threading.Event)
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_threads_are_set_before_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too late is an error, not a silent no."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    use_threads(2)
+    assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "2"
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    with pytest.raises(RuntimeError, match="loaded already"):
+        use_threads(1)
