@@ -358,11 +358,11 @@ def match_ages(histories: Histories, rule: Rule, settings: ShiftSettings) -> Rul
     target = rule.false_alarm_events
     base = rule.thresholds[0]
     offsets = np.zeros(AGES)
-    for _ in range(6):
+    for _ in range(3):
         tallies = run(histories, _with(rule, (base + offsets).tolist()), settings).tallies
         expected = tallies.monitored_G / target
         step = np.log((tallies.alarms_G + _POOL_ALARMS) / (expected + _POOL_ALARMS)) / rule.tail
-        offsets = np.maximum(offsets + step, -0.75 * base)
+        offsets = np.clip(offsets + step, -0.5 * base, 0.5 * base)
     shift = 0.0
     for _ in range(4):  # the whole must still keep the rate
         monitored, alarms = alarm_rate(histories, _with(rule, (base + offsets + shift).tolist()), settings)

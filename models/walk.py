@@ -210,8 +210,8 @@ _SHARE_SCALE = 65_535.0
 _BEST_SCALE = 255.0
 _USUAL_SCALE = 32.0
 _USUAL_RATE = 0.2
-_TAIL_WEIGHT = 0.3
-_KNOWN_WEIGHT = 0.25  # decayed count from which the slow profile knows an interest
+_TAIL_WEIGHT = 0.25  # decayed count that a mark in the tail stands for
+_KNOWN_WEIGHT = 0.5  # decayed count from which the slow profile knows an interest
 _BACK_MS_MAX = 3_600_000  # a longer step back in time is a clock that was wrong before, and is followed
 
 
@@ -316,16 +316,17 @@ def _learn_slow(user: Any, interest: int, weight: float) -> None:
             return
         if user.slow_weight[p] < user.slow_weight[lightest]:
             lightest = p
+    user.slow_total += weight
     mark = _mark(interest)
     for i in range(TAIL):
         if user.tail[i] == mark:
             user.tail[i] = 0
+            weight += _TAIL_WEIGHT
     if user.slow_interest[lightest] != 0:
         user.tail[user.tail_next] = _mark(user.slow_interest[lightest])
         user.tail_next = (int(user.tail_next) + 1) % TAIL
     user.slow_interest[lightest] = interest
     user.slow_weight[lightest] = _code_of(weight)
-    user.slow_total += weight
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
