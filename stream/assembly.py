@@ -24,7 +24,7 @@ from stream.worker import Observer, Worker, WorkerParts
 if TYPE_CHECKING:
     from models.settings import NetworkSettings
     from stream.learning import LearnerLoop, LearnerObserver
-    from stream.pipeline import Pipeline
+    from stream.pipeline import Pipeline, PipelineSettings
 
 log = logging.getLogger(__name__)
 
@@ -124,20 +124,27 @@ def make_decoder(config: Config) -> EventDecoder:
     return EventDecoder(config.events, hash_key)
 
 
-def make_pipeline(config: Config) -> Pipeline:
-    """The pipeline with version 0 of the weights, made from the seed."""
-    from models.forecaster import Forecaster
-    from stream.pipeline import Pipeline, PipelineSettings
+def pipeline_settings(config: Config, quality_share: float | None = None) -> PipelineSettings:
+    """The pipeline's part of the configuration; `quality_share` in place of the configured one."""
+    from stream.pipeline import PipelineSettings
 
-    settings = PipelineSettings(
+    return PipelineSettings(
         events=config.events,
         shift=config.shift,
         emission=config.forecast.emission,
         steps=config.forecast.steps,
         top_k=config.forecast.top_k,
-        quality_share=config.worker.quality_share,
+        quality_share=config.worker.quality_share if quality_share is None else quality_share,
         epoch_records=config.worker.epoch_events,
     )
+
+
+def make_pipeline(config: Config) -> Pipeline:
+    """The pipeline with version 0 of the weights, made from the seed."""
+    from models.forecaster import Forecaster
+    from stream.pipeline import Pipeline
+
+    settings = pipeline_settings(config)
     return Pipeline(settings, make_decoder(config), Forecaster.initial(config.network, config.app.seed))
 
 
