@@ -211,12 +211,7 @@ class WeightsSwap:
 
 
 def make_worker(config: Config, transport: Transport, observer: Observer, *, reset: str = "earliest") -> Worker:
-    """A worker on an open log; its topics have been checked.
-
-    Inference runs on one thread, unless OMP_NUM_THREADS says otherwise: with two, a hot user's steps wait for each
-    other. The variable is read when the network is first imported, so in a process that did that it changes nothing.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """A worker on an open log; its topics have been checked."""
     pipeline = make_pipeline(config)
     names = names_of(config)
     return Worker(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -241,32 +240,6 @@ def test_weights_of_another_network_are_said_aloud(log: MemoryLog, caplog: pytes
 
 
 # ---------------------------------------------------------------------------------------------------- parts
-
-
-def test_a_worker_infers_on_one_thread() -> None:
-    """With two, a hot user's steps wait for each other; nobody has to set a variable for it."""
-    code = (
-        "from stream.assembly import make_worker, topic_specs\n"
-        "from stream.loading import load\n"
-        "from stream.memory import MemoryLog\n"
-        "from unittest.mock import Mock\n"
-        "log, config = MemoryLog(), load().config\n"
-        "log.admin().create(topic_specs(config))\n"
-        "make_worker(config, log, Mock()).close()\n"
-        "import torch\n"
-        "print(torch.get_num_threads())"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_assembly_does_not_load_the_network_on_import() -> None:
