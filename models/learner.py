@@ -436,16 +436,16 @@ class Learner:
     def weights(self) -> Weights:
         """The current version."""
         rows = len(self._vocabulary)
-        tensors = {f"network.{n}": t.detach().cpu().numpy() for n, t in self._network.state_dict().items()}
+        tensors = {f"network.{n}": t.detach().cpu().numpy().copy() for n, t in self._network.state_dict().items()}
         last = self._settings.hashed_rows + rows
         tensors["network.interest"] = tensors["network.interest"][:last]
         tensors["network.bias"] = tensors["network.bias"][:last]
         tensors |= {
-            "vocabulary.keys": self._vocabulary.keys,
+            "vocabulary.keys": self._vocabulary.keys.copy(),
             "vocabulary.popularity": self._vocabulary.popularity(),
-            "successors.follower": self._successors.follower_VM[:rows],
-            "successors.weight": self._successors.weight_VM[:rows],
-            "successors.total": self._successors.total_V[:rows],
+            "successors.follower": self._successors.follower_VM[:rows].copy(),
+            "successors.weight": self._successors.weight_VM[:rows].copy(),
+            "successors.total": self._successors.total_V[:rows].copy(),
             "normaliser.sums": self._normaliser.sums_3M,
         }
         return Weights(

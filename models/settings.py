@@ -57,7 +57,7 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     gap_dropout: Annotated[
         float, Meta(description="share of events learned as if the time gap were not known yet, 0..1", ge=0, le=1)
     ] = 0.2
-    rate: Annotated[float, Meta(description="AdamW's learning rate for all but embeddings", gt=0, le=1)] = 2e-3
+    rate: Annotated[float, Meta(description="AdamW's learning rate for all but embeddings", gt=0, le=1)] = 4e-3
     embedding_rate: Annotated[
         float, Meta(description="row-wise Adagrad's learning rate for embeddings", gt=0, le=1)
     ] = 0.03

@@ -57,7 +57,7 @@ class Weights:
 
     def to_bytes(self) -> bytes:
         """As `from_bytes` reads it; the same weights give the same bytes."""
-        body = safetensors.numpy.save({name: np.ascontiguousarray(t) for name, t in sorted(self.tensors.items())})
+        body = safetensors.numpy.save({name: np.asarray(t, order="C") for name, t in sorted(self.tensors.items())})
         header = msgspec.json.encode(
             _Header(
                 version=self.version,

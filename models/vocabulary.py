@@ -87,13 +87,13 @@ class Vocabulary:
 
     def __init__(self, settings: LearningSettings) -> None:
         self._settings = settings
-        self.keys: U32 = np.zeros(0, np.uint32)
+        self._key_room: U32 = np.zeros(64, np.uint32)  # doubles when full, like the two below
         self.names: list[str] = []
         self.events = 0  # counted so far
         self.collisions = 0  # sightings of a second name for a key
-        self._weight: F64 = np.zeros(0, np.float64)  # popularity, as of when `_unit` was 1
+        self._weight_room: F64 = np.zeros(64, np.float64)  # popularity, as of when `_unit` was 1
         self._unit = 1.0  # weight of an event counted now: older ones decay by its growth
-        self._seen: I64 = np.zeros(0, np.int64)  # `events` at the last sighting
+        self._seen_room: I64 = np.zeros(64, np.int64)  # `events` at the last sighting
         self._free: list[int] = []
         self._waiting: dict[int, int] = {}  # key -> sightings
         self._names: dict[int, str] = {}  # names of those that have no row
@@ -101,7 +101,20 @@ class Vocabulary:
         self._index = RowIndex(self.keys)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.names)
+
+    @property
+    def keys(self) -> U32:
+        """Key of each row, 0 = free."""
+        return self._key_room[: len(self.names)]
+
+    @property
+    def _weight(self) -> F64:
+        return self._weight_room[: len(self.names)]
+
+    @property
+    def _seen(self) -> I64:
+        return self._seen_room[: len(self.names)]
 
     def find(self, key_B: U32) -> I32:
         """Rows of the keys, -1 where there is none."""
@@ -144,7 +157,7 @@ class Vocabulary:
         if count:
             self._unit = float(unit_B[-1])
         if self._unit > _UNIT_MAX:
-            self._weight /= self._unit
+            self._weight_room /= self._unit
             self._unit = 1.0
         return Counted(admitted=np.fromiter(fresh.values(), np.int64), retired=retired)
 
@@ -168,10 +181,12 @@ class Vocabulary:
             self.keys[row], self.names[row], self._weight[row] = key, name, 0.0
         else:
             row = len(self)
-            self.keys = np.append(self.keys, np.uint32(key))
-            self._weight = np.append(self._weight, 0.0)
-            self._seen = np.append(self._seen, 0)
+            if row == len(self._key_room):
+                self._key_room = np.concatenate([self._key_room, np.zeros_like(self._key_room)])
+                self._weight_room = np.concatenate([self._weight_room, np.zeros_like(self._weight_room)])
+                self._seen_room = np.concatenate([self._seen_room, np.zeros_like(self._seen_room)])
             self.names.append(name)
+            self.keys[row], self._weight[row] = key, 0.0
         self._index.insert(key, row)
         return row
 
@@ -234,10 +249,11 @@ class Vocabulary:
         except msgspec.MsgspecError as error:
             raise ValueError(f"not a vocabulary: {error}") from None
         vocabulary = Vocabulary(settings)
-        vocabulary.keys = np.frombuffer(saved.keys, "<u4").astype(np.uint32)
+        room = max(64, len(saved.names))
         vocabulary.names = saved.names
-        vocabulary._weight = np.frombuffer(saved.weight, "<f8").astype(np.float64)
-        vocabulary._seen = np.frombuffer(saved.seen, "<i8").astype(np.int64)
+        vocabulary._key_room = np.resize(np.frombuffer(saved.keys, "<u4").astype(np.uint32), room)
+        vocabulary._weight_room = np.resize(np.frombuffer(saved.weight, "<f8").astype(np.float64), room)
+        vocabulary._seen_room = np.resize(np.frombuffer(saved.seen, "<i8").astype(np.int64), room)
         vocabulary._free = saved.free
         vocabulary._waiting = saved.waiting
         vocabulary._names = saved.waiting_names
