@@ -37,7 +37,15 @@ from stream.options import (
     command,
     transport_set,
 )  # fmt: skip
-from stream.process import child, log_to, logs_to_file, stop_on_signals, use_threads
+from stream.process import (
+    child,
+    clean_code,
+    log_to,
+    logs_to_file,
+    quit_on_signals,
+    stop_on_signals,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from stream.config import Config
@@ -50,6 +58,9 @@ log = logging.getLogger("stream.cli")
 app = typer.Typer(
     name="driftline",
     help="Forecasts of users' next interests and alerts on interest shifts, learned as the events come.",
+    epilog="Exit codes: 0 done; 1 an error of the program; 2 configuration, topics or arguments cannot work; "
+    "3 fenced, another process has this slot; 4 stored data cannot be trusted, or too many records are bad; "
+    "5 gave up after retries.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -91,8 +102,9 @@ def run(
     ]
     if learner:
         children.append(child(given, "learner", "learner", "--reset", reset))
-    code = supervise(children, stop_on_signals(), stop_s=config.worker.shutdown_s + 5)
-    raise typer.Exit(code if code >= 0 else 1)
+    stop = stop_on_signals()
+    code = supervise(children, stop, stop_s=config.worker.shutdown_s + 5)
+    raise typer.Exit(clean_code(code, stop.is_set()))
 
 
 @command(app)
@@ -106,16 +118,19 @@ def worker(
 
     Example: driftline worker --slot 1 --set worker.metrics_port=9100
     """
+    quit_on_signals()
     from stream.assembly import make_worker
     from stream.metrics import Exposition, Health, WorkerMetrics, new_registry
+    from stream.warmup import warm_up
 
     config = given.load(*([] if slot is None else [f"worker.slot={slot}"])).config
     log_to(config.app, f"worker.{config.worker.slot}")
     use_threads(1)
-    stop = stop_on_signals(config.worker.shutdown_s, parent)
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
         _prepare_topics(transport, config)
+        warm_up(config)
+        stop = stop_on_signals(config.worker.shutdown_s, parent)
         made = make_worker(config, transport, WorkerMetrics(registry, health), reset=_reset(reset))
         server = None
         try:
@@ -137,16 +152,17 @@ def learner(
 
     Example: driftline learner --set learner.device=cuda:0
     """
+    quit_on_signals()
     from stream.assembly import make_learner
     from stream.metrics import Exposition, Health, LearnerMetrics, new_registry
 
     config = given.load().config
     log_to(config.app, "learner")
     use_threads(config.learner.threads)
-    stop = stop_on_signals(config.worker.shutdown_s, parent)
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
         _prepare_topics(transport, config)
+        stop = stop_on_signals(config.worker.shutdown_s, parent)
         made = make_learner(config, transport, LearnerMetrics(registry, health), stop, reset=_reset(reset))
         server = None
         try:
@@ -183,7 +199,8 @@ def demo(
     for old in [*out.glob("log.db*"), *out.glob("*.log")]:
         old.unlink()
     demo_given = replace(
-        given, sets=("worker.quality_share=1.0", *given.sets, "transport=embedded", f"embedded.path={out / 'log.db'}"),
+        given, sets=("worker.quality_share=1.0", *given.sets, "transport=embedded", f"embedded.path={out / 'log.db'}",
+                     "events.fields={}", "events.time_unit=ms"),
     )  # fmt: skip
     config = demo_given.load(f"app.log_file={out / 'demo.log'}").config
     log_to(config.app, "demo")
@@ -206,6 +223,9 @@ def demo(
         )
     print_summary(console, judged)
     say(console, f"report: {report}")
+    deaths = (out / "demo.log").read_text().count("event=child_died")
+    if deaths:
+        raise DriftlineError(f"worker or learner died and was started again, {deaths} times in all; see {out}/*.log")
 
 
 # ---------------------------------------------------------------------------------------------------- events in
@@ -237,6 +257,8 @@ def simulate(
 
     config = given.load().config
     log_to(config.app, "simulate")
+    if out is None and (config.events.fields or config.events.time_unit != "ms"):
+        raise ConfigError("a generated stream has the plain field names; take events.fields and events.time_unit away")
     stream = generate(ShopSettings(users=users, events=events, seed=seed))
     if truth is not None:
         write_truth(truth, stream.truth)
@@ -282,7 +304,7 @@ def replay(
 
     from stream.replay import Pace, stored, to_records
     from stream.replay import replay as send
-    from stream.terminal import file_form, open_source, say_counts, send_progress
+    from stream.terminal import as_configured, file_form, open_source, say_counts, send_progress
 
     config = given.load().config
     console = Console(stderr=True)
@@ -299,7 +321,7 @@ def replay(
             kept = stored(reader, target, config.topics.partitions)
             reader.close()
         report = send(
-            to_records(source),
+            to_records(as_configured(source, config.events)),
             transport,
             topic=target,
             partitions=config.topics.partitions,
@@ -316,6 +338,71 @@ def replay(
         f"{target}: {report.records:,} records in {report.elapsed_s:.1f} s"
         + (f" after {passed:,} that were there" if passed else "")
     )
+
+
+@command(app)
+def evaluate(
+    given: Given,
+    file: Annotated[str, typer.Argument(help="CSV, TSV or JSON lines, also .gz and .zip; - for standard input.")],
+    columns: MapOption,
+    header: HeaderOption = True,
+    separator: SepOption = None,
+    time_unit: UnitOption = None,
+    sort: SortOption = False,
+    encoding: EncodingOption = "utf-8",
+    report_from: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Count from this share of the events on; all are learned.")
+    ] = 0.5,
+    models: Annotated[
+        str | None, typer.Option(help="Names with commas, or all; driftline,recency,recency_markov.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Passes of each network, seeds 0, 1, ...")] = 1,
+    horizon: Annotated[int | None, typer.Option(min=1, max=50, help="Steps ahead; forecast.steps.")] = None,
+    weights_delay: Annotated[
+        int, typer.Option(min=0, help="Weights come so many events late, as through the topic; 0 = at once.")
+    ] = 0,
+    limit: Annotated[int | None, typer.Option(min=2, help="The first so many events only.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The last line is JSON with all rows.")] = False,
+) -> None:
+    """How good the forecasts are: each event is ranked before it is learned, beside rules, in one pass over a file.
+
+    Example: driftline evaluate events.csv.gz --map user=uid,interest=category,time=ts --report-from 0.5 --json
+    """
+    from itertools import islice
+
+    import msgspec
+    from rich.console import Console
+
+    from stream.config import plain_events
+
+    config = plain_events(given.load().config)
+    log_to(config.app, "evaluate")
+    use_threads(config.learner.threads)
+    from stream.evaluation import DEFAULT_MODELS, MODELS, read_stream, rows_of
+    from stream.evaluation import evaluate as run_models
+    from stream.terminal import evaluation_progress, file_form, open_source, print_evaluation, say_counts
+
+    console = Console(stderr=True)
+    source = open_source(console, file, columns, file_form(header, separator, time_unit, sort, encoding))
+    with source:
+        stream = read_stream(islice(source, limit))
+    say_counts(console, source)
+    names = DEFAULT_MODELS if models is None else MODELS if models == "all" else tuple(models.split(","))
+    with evaluation_progress(console) as show:
+        outcomes = run_models(
+            stream,
+            config,
+            models=names,
+            report_from=report_from,
+            seeds=seeds,
+            horizon=horizon or config.forecast.steps,
+            weights_delay_events=weights_delay,
+            on_progress=show,
+        )
+    rows = rows_of(stream, outcomes, report_from)
+    print_evaluation(Console(), rows)
+    if as_json:
+        print(msgspec.json.encode({"rows": rows}).decode())
 
 
 # ---------------------------------------------------------------------------------------------------- what comes out
@@ -350,7 +437,11 @@ def tail(
         for record in follow_records(transport, name, partitions, start=start, follow=follow, stopped=stop.is_set):
             if user is not None and record.key != user.encode():
                 continue
-            print(as_json(record) if json_lines else in_words(role, record), flush=True)
+            try:
+                print(as_json(record) if json_lines else in_words(role, record), flush=True)
+            except BrokenPipeError:  # `driftline tail ... | head` has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                break
             shown += 1
             if limit is not None and shown >= limit:
                 break
@@ -571,9 +662,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("driftline: crashed; the log says where", file=sys.stderr)
             sys.exit(1)
         raise
-    except BrokenPipeError:  # `driftline tail | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 if __name__ == "__main__":

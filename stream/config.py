@@ -283,6 +283,11 @@ def topic_names(config: Config) -> dict[str, str]:
     }
 
 
+def plain_events(config: Config) -> Config:
+    """The same settings for records that we write ourselves: fields by their own names, times in ms."""
+    return msgspec.structs.replace(config, events=msgspec.structs.replace(config.events, fields={}, time_unit="ms"))
+
+
 def fingerprint(*parts: Struct) -> str:
     """Short hash of settings, secrets excluded: equal settings, equal fingerprint."""
     encoded = b"\n".join(msgspec.json.encode(part, enc_hook=lambda _secret: HIDDEN, order="sorted") for part in parts)

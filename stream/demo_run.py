@@ -28,6 +28,7 @@ from stream.transport import LogReader, TopicPartition, Transport
 
 LOOK_S = 0.5
 STALLED_MAX_S = 90.0  # nothing handled for so long: something is wrong
+FIRST_MAX_S = 300.0  # the same for the first event: a fresh machine compiles first
 READ_RECORDS = 5_000
 
 
@@ -161,8 +162,8 @@ def _feed_and_watch(
             if watch.progress.handled > before:
                 changed_s = now_s
                 first_s = now_s if before == 0 else first_s
-            elif now_s - changed_s > STALLED_MAX_S:
-                raise Retryable(f"nothing was handled for {STALLED_MAX_S:.0f} s; the logs lie beside the report")
+            elif now_s - changed_s > (STALLED_MAX_S if watch.progress.handled else FIRST_MAX_S):
+                raise Retryable(f"nothing was handled for {now_s - changed_s:.0f} s; the logs lie beside the report")
             on_progress(replace(watch.progress, sent=feeding.sent, elapsed_s=now_s - first_s))
             ended.wait(LOOK_S)
         return max(time.monotonic() - first_s, 0.001)

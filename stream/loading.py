@@ -22,6 +22,7 @@ from stream.errors import ConfigError
 from stream.reference import every_setting, unwrap
 
 CONFIG_BYTES_MAX = 1_000_000
+RETENTION_H_MIN = 0.1
 KAFKA_DEFAULTS: Mapping[str, object] = {"bootstrap_servers": "127.0.0.1:9092"}
 
 
@@ -171,6 +172,11 @@ def _check_sense(config: Config) -> None:
         )
     if worker.backoff_s > worker.backoff_max_s:
         raise ConfigError("worker.backoff_s is above worker.backoff_max_s; raise the latter")
+    if -1 < config.topics.retention_h < RETENTION_H_MIN:
+        raise ConfigError(
+            f"topics.retention_h is {config.topics.retention_h}: records would be deleted before they are read; use "
+            f"{RETENTION_H_MIN} and more, or -1 for ever"
+        )
     if config.network.vector_length not in (0, config.events.vector_length):
         raise ConfigError(
             f"network.vector_length is {config.network.vector_length} and events.vector_length is "

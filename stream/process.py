@@ -32,6 +32,17 @@ def child(given: Given, name: str, shown: str, *arguments: str) -> Child:
     return Child(name=shown, command=line, final_codes=FINAL_CODES, critical=name != "learner")
 
 
+def quit_on_signals() -> None:
+    """While a process starts there is nothing to finish: SIGTERM and Ctrl-C end it at once, with exit code 0."""
+
+    def asked(number: int, _frame: object) -> None:
+        log.info("event=stopping signal=%s why=while_starting", signal.Signals(number).name)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, asked)
+    signal.signal(signal.SIGINT, asked)
+
+
 def stop_on_signals(deadline_s: float | None = None, parent: int | None = None) -> threading.Event:
     """An event that SIGTERM, Ctrl-C or the end of the parent sets; after the deadline the process ends anyway."""
     stop = threading.Event()
@@ -58,16 +69,23 @@ def stop_on_signals(deadline_s: float | None = None, parent: int | None = None) 
     return stop
 
 
+def clean_code(code: int, stopped: bool) -> int:
+    """The exit code of `run`: a child that was still starting when we stopped it died of our SIGTERM, cleanly."""
+    if stopped and code in (-signal.SIGTERM, -signal.SIGINT):
+        return 0
+    return code if code >= 0 else 1
+
+
 def use_threads(count: int) -> None:
     """How many threads torch takes; it looks at the environment when it is loaded, so this comes first.
 
     Raises:
-        RuntimeError: too late, torch is loaded.
+        RuntimeError: too late, torch is loaded and was told otherwise.
     """
-    if "torch" in sys.modules:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    if "torch" in sys.modules and any(os.environ.get(name) != str(count) for name in names):
         raise RuntimeError("torch is loaded already and has taken its threads")
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(count)
+    os.environ.update(dict.fromkeys(names, str(count)))
 
 
 def log_to(app: AppSettings, role: str) -> None:

@@ -6,20 +6,28 @@ Beside the way of an event; cli.py passes the console. Progress goes to a termin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from stream.demo_run import DemoProgress
+from stream.events import EventSettings
 from stream.files import EventSource, FileForm, open_events
-from stream.mapping import Mapping
+from stream.mapping import Mapping as ColumnMapping
 from stream.replay import ReplayProgress
+from stream.rows import Event
 from stream.summary import DemoScore, summary
 from stream.tail import printable
 
 PLAIN_LINE_S = 10.0
+_EVALUATED = {
+    "all": "All events",
+    "repeat": "Events that repeat the user's last interest",
+    "non_repeat": "Events that do not",
+}
 
 
 def say(console: Console, text: str) -> None:
@@ -35,12 +43,22 @@ def file_form(header: bool, separator: str | None, time_unit: str | None, sort: 
 
 def open_source(console: Console, file: str, columns: str, form: FileForm) -> EventSource:
     """Open a file of events and say aloud what was found out about it."""
-    source = open_events(file, Mapping.parse(columns), form)
+    source = open_events(file, ColumnMapping.parse(columns), form)
     for what in source.facts.guessed:
         say(console, f"{source.facts.name}: {what.replace('_', ' ')} {getattr(source.facts, what)!r}, found out")
     for column in source.facts.unseen:
         say(console, f"{source.facts.name}: no {column!r} in the first rows; it may come later")
     return source
+
+
+def as_configured(events: Iterable[Event], settings: EventSettings) -> Iterator[Event]:
+    """Events under the names and in the unit that the configuration gives to records of the events topic."""
+    names, seconds = settings.fields, settings.time_unit == "s"
+    for event in events:
+        renamed: dict[str, Any] = {names.get(name, name): value for name, value in event.items()}
+        if seconds:
+            renamed[names.get("time", "time")] = event["time"] / 1_000
+        yield cast(Event, renamed)
 
 
 def say_counts(console: Console, source: EventSource) -> None:
@@ -94,3 +112,34 @@ def print_summary(console: Console, judged: DemoScore) -> None:
     for row in summary(judged):
         table.add_row(row.name, row.ours, row.rule, row.note)
     console.print(table)
+
+
+@contextmanager
+def evaluation_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Which model is at which event."""
+
+    def show(model: str, done: int, total: int) -> None:
+        status.update(f"{model}: {done:,} of {total:,} events")
+
+    with console.status("reading") as status:
+        yield show
+
+
+def print_evaluation(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """MRR and HR@10 of each model by step, over all events, repeats and moves; means where there are several seeds."""
+    means = {row["model"] for row in rows if row["seed"] == "mean"}
+    for stratum, title in _EVALUATED.items():
+        chosen = [r for r in rows if r["stratum"] == stratum and (r["model"] not in means or r["seed"] == "mean")]
+        steps = sorted({row["horizon"] for row in chosen})
+        table = Table("model", *(f"step {step}" for step in steps), title=f"{title}: MRR/HR@10")
+        for model in dict.fromkeys(row["model"] for row in chosen):
+            found = {row["horizon"]: row for row in chosen if row["model"] == model}
+            table.add_row(model, *(_figures(found[step]) for step in steps))
+        count = next((row["n"] for row in chosen), 0)
+        table.caption = f"{count:,} events"
+        console.print(table)
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    """Both figures without their leading zeros, so that a table fits 80 columns."""
+    return "-" if row["mrr"] is None else "/".join(f"{row[k]:.3f}".removeprefix("0") for k in ("mrr", "hr@10"))

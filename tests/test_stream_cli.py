@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -49,6 +50,14 @@ def run(*arguments: str) -> int:
     return 0 if ended.value.code is None else int(ended.value.code)
 
 
+def apart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`driftline ARGUMENTS` in a process of its own, for what loads torch."""
+    return subprocess.run(
+        [sys.executable, "-m", "stream.cli", *arguments], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
 def shop(folder: Path) -> str:
     """A small log with a generated stream in it."""
     assert run("simulate", "--users", "20", "--events", "400") == 0
@@ -68,8 +77,20 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 
 def test_the_commands_that_are_promised_exist() -> None:
-    """run, worker, learner, demo, simulate, replay, tail, topics, user, config, doctor."""
-    promised = ["run", "worker", "learner", "demo", "simulate", "replay", "tail", "user", "config", "doctor"]
+    """run, worker, learner, demo, simulate, replay, evaluate, tail, topics, user, config, doctor."""
+    promised = [
+        "run",
+        "worker",
+        "learner",
+        "demo",
+        "simulate",
+        "replay",
+        "evaluate",
+        "tail",
+        "user",
+        "config",
+        "doctor",
+    ]
     assert {*promised, "topics create", "topics list"} <= set(LEAVES)
 
 
@@ -248,3 +269,50 @@ def test_a_wrong_beginning_is_refused(folder: Path, capsys: pytest.CaptureFixtur
     shop(folder)
     assert run("tail", "events", "--from", "yesterday") == 2
     assert "--from yesterday" in capsys.readouterr().err
+
+
+def test_replay_writes_what_the_configuration_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With [events.fields] and a time unit, replayed records carry those names and that unit."""
+    (folder / "config.toml").write_text('[events]\ntime_unit = "s"\n[events.fields]\ninterest = "category"\n')
+    (folder / "e.csv").write_text("who,what,when\nu1,shoes,1700000000500\n")
+    assert run("replay", "e.csv", "--map", "user=who,interest=what,time=when", "--time-unit", "ms") == 0
+    capsys.readouterr()
+    assert run("tail", "events", "--from", "start", "--no-follow", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"user": "u1", "category": "shoes", "time": 1_700_000_000.5}
+    assert run("simulate", "--users", "20", "--events", "400") == 2, "a generated stream cannot be renamed"
+
+
+def test_evaluate_reports_every_model_stratum_and_step(folder: Path) -> None:
+    """Tables for a person; with --json the last line holds all rows, figures between 0 and 1."""
+    assert run("simulate", "--users", "10", "--events", "300", "--out", "shop.jsonl.gz") == 0
+    columns = ["shop.jsonl.gz", "--map", "user=user,interest=interest,time=time,type=type"]
+    done = apart(folder, "evaluate", *columns, "--horizon", "2", "--limit", "250", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    found = {(row["model"], row["stratum"], row["horizon"]) for row in rows}
+    assert found >= {
+        (model, stratum, step)
+        for model in ("driftline", "recency", "recency_markov")
+        for stratum in ("all", "repeat", "non_repeat")
+        for step in (1, 2)
+    }
+    for row in rows:
+        assert row["mrr"] is None or 0 <= row["mrr"] <= row["hr@20"] + 1 / 20
+    counts = {row["model"]: row["n"] for row in rows if (row["stratum"], row["horizon"]) == ("all", 1)}
+    assert len(set(counts.values())) == 1, "all models are judged on the same events"
+    wrong = apart(folder, "evaluate", *columns, "--models", "oracle")
+    assert wrong.returncode == 2
+    assert "oracle" in wrong.stderr.splitlines()[-1]
+
+
+def test_a_reader_that_has_seen_enough(folder: Path) -> None:
+    """`driftline tail ... | head -1` ends quietly with exit code 0."""
+    shop(folder)
+    command = (
+        f"{sys.executable} -m stream.cli tail events --from start --no-follow --json | head -1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -90,6 +90,7 @@ def test_origins(tmp_path: Path) -> None:
         ("topics.alerts=forecasts", "'forecasts' is named twice"),
         ("topics.events=[]", "topics.events"),
         ("worker.poll_timeout_s=5", "a third of worker.transaction_timeout_s"),
+        ("topics.retention_h=0", "-1 for ever"),
         ("network.vector_length=8", "events.vector_length"),
         ("state.hash_key=", "state.hash_key"),
         ("worker.slot", "--set section.key=value"),

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from stream.process import stop_on_signals, use_threads
+from stream.config import plain_events
+from stream.loading import load
+from stream.process import clean_code, stop_on_signals, use_threads
+from stream.warmup import warm_up
 
 TIMEOUT_S = 180
 
@@ -119,3 +122,18 @@ def test_threads_are_set_before_torch_is_there(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "torch", sys)
     with pytest.raises(RuntimeError, match="loaded already"):
         use_threads(1)
+
+
+def test_a_stop_while_starting_is_clean() -> None:
+    """A child that our own SIGTERM met before its handlers were there is no failure; one that died by itself is."""
+    assert clean_code(-signal.SIGTERM, stopped=True) == clean_code(0, stopped=True) == 0
+    assert clean_code(-signal.SIGTERM, stopped=False) == 1
+    assert clean_code(-signal.SIGKILL, stopped=True) == 1
+    assert clean_code(3, stopped=True) == 3
+
+
+def test_warming_up_works_under_any_field_names() -> None:
+    """What is compiled does not depend on how the input is named, and events of its own are readable."""
+    config = load(None, ["events.fields.interest=category", "events.time_unit=s"]).config
+    assert plain_events(config).events.fields == {}
+    assert warm_up(config) > 0
