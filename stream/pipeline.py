@@ -38,6 +38,11 @@ Floats = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
 
 
+# Told, in place of the live score, of the scored events: the batch, the records before them, the hidden states before
+# them, and the seconds since each user's event before.
+Judge = Callable[[Decoded, Snapshot, Floats, Floats], None]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineSettings:
     """The parts of the configuration that the pipeline needs."""
@@ -76,9 +81,12 @@ class Pipeline:
 
     dtype = USER
 
-    def __init__(self, settings: PipelineSettings, decoder: EventDecoder, forecaster: Forecaster) -> None:
+    def __init__(
+        self, settings: PipelineSettings, decoder: EventDecoder, forecaster: Forecaster, judge: Judge | None = None
+    ) -> None:
         self._settings = settings
         self._decoder = decoder
+        self._judge = judge
         self.forecaster = forecaster
 
     @property
@@ -190,6 +198,10 @@ class Pipeline:
     def _score(self, part: _Part, before_BH: Floats) -> BatchMetrics:
         """How good the forecasts were that these events meet, beside the recency rule's, for a share of users."""
         snapshot, columns = part.advanced.before, part.decoded.columns
+        if self._judge is not None and len(snapshot):
+            event_E = snapshot.event_E
+            self._judge(part.decoded, snapshot, before_BH[event_E], part.advanced.gap_s_B[event_E])
+            snapshot = snapshot.take(slice(0, 0))
         known_E = snapshot.events_E > 0  # nothing can be forecast for a user never seen
         event_E = snapshot.event_E[known_E]
         ours: Ranks = np.zeros(0, np.int64)
