@@ -81,9 +81,6 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     successor_decay: Annotated[
         float, Meta(description="what a new follower of an interest leaves of the older ones' counts, 0..1", gt=0, le=1)
     ] = 0.995
-    softmax_rows_max: Annotated[
-        int, Meta(description="larger vocabularies are learned on a sample of this many interests", ge=64)
-    ] = 5_000
     users_max: Annotated[int, Meta(description="users whose histories are kept, at most", ge=16)] = 100_000
     history_events: Annotated[
         int, Meta(description="newest events kept for replay and burn-in", ge=256, le=10_000_000)
