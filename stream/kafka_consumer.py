@@ -20,6 +20,7 @@ from kafka import KafkaConsumer as Client
 from kafka import errors as kafka_errors
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.abstract import AbstractPartitionAssignor, RebalanceProtocol
+from kafka.coordinator.consumer import ConsumerCoordinator
 from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment, ConsumerProtocolSubscription
 from kafka.structs import TopicPartition as ClientPartition
 
@@ -137,6 +138,43 @@ class _Notes(ConsumerRebalanceListener):  # type: ignore[misc]
         return notes
 
 
+class _Join:
+    """A join of the group, that counts as running until its result has been taken."""
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self._future.failed())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._future, name)
+
+    def __await__(self) -> Any:
+        return self._future.__await__()
+
+
+class _PatientCoordinator(ConsumerCoordinator):  # type: ignore[misc]
+    """Takes the result of a join that ended between two polls.
+
+    kafka-python 3.0.12 forgets it and joins again, and when the leader does so the whole group rebalances once more.
+    Worse, a leader that joined because it saw new partitions does not even ask again: it sends no heartbeats any more
+    and its share lies idle until the broker throws it out.
+    """
+
+    def need_rejoin(self) -> bool:
+        return bool(self.rejoining or super().need_rejoin())
+
+    @property
+    def _join_task(self) -> _Join | None:
+        return self.__dict__.get("_join")
+
+    @_join_task.setter
+    def _join_task(self, future: Any) -> None:
+        self.__dict__["_join"] = None if future is None else _Join(future)
+
+
 class KafkaConsumer:
     """Reads its share of the topics' partitions; see the top of the file."""
 
@@ -160,6 +198,7 @@ class KafkaConsumer:
             partition_assignment_strategy=[SharedByNumber(self._notes.owned)],
             **{name: settings.get(name, value) for name, value in FETCH.items()},
         )
+        self._client._coordinator.__class__ = _PatientCoordinator
         self._connect_side = partial(settings.connect, Client, group_id=group)
         self._side: Client | None = None  # asks for positions: our own connection may wait in a rebalance for others
         self._notes.client = self._client

@@ -54,7 +54,8 @@ def topic(log: KafkaLog) -> str:
 def new_topic(log: KafkaLog, **settings: str) -> str:
     name = f"topic-{uuid.uuid4().hex[:12]}"
     admin = log.admin()
-    admin.create([TopicSpec(name=name, partitions=2, settings={k.replace("_", "."): v for k, v in settings.items()})])
+    given = {k.replace("_", "."): v for k, v in settings.items()}
+    admin.create([TopicSpec(name=name, partitions=2, settings={"retention.ms": "-1", **given})])
     admin.close()
     return name
 

@@ -35,8 +35,9 @@ class Bench:
         self.events = self.topic("events", 2)
         self.out = self.topic("out", 2)
 
-    def topic(self, name: str, partitions: int, **settings: str) -> str:
-        spec = TopicSpec(name=f"{name}-{self.tag}", partitions=partitions, settings=settings)
+    def topic(self, name: str, partitions: int) -> str:
+        # The records carry made-up times: a broker's default retention would delete them at some moment.
+        spec = TopicSpec(name=f"{name}-{self.tag}", partitions=partitions, settings={"retention.ms": "-1"})
         admin = self.log.admin()
         try:
             assert admin.create([spec]) == [spec.name]
