@@ -50,6 +50,14 @@ class ShiftSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         float,
         Meta(description="requested monitored events between two false alarms; thresholds follow from it", ge=20),
     ] = 1_000.0
+    alerts_per_day: Annotated[
+        float,
+        Meta(
+            description="alarms wanted in a day of event time, over all partitions; takes the place of "
+            "false_alarm_events once the traffic is known; 0 = off",
+            ge=0,
+        ),
+    ] = 0.0
     threshold: Annotated[
         float, Meta(description="evidence that an alarm takes where nothing is calibrated yet, nats", gt=0)
     ] = 7.0

@@ -509,6 +509,8 @@ def next_rule(table: GroupTable, gathered: Tallies, settings: ShiftSettings) -> 
     Args:
         gathered: tallies of the epoch that ends.
     """
+    wanted = table.wanted()
+    settings = msgspec.structs.replace(settings, false_alarm_events=wanted)
     shadow = Histories.of(table.shadow, table)
     ages = np.diff(shadow.first)
     usable = ages >= settings.age_min_events + 10
@@ -519,7 +521,16 @@ def next_rule(table: GroupTable, gathered: Tallies, settings: ShiftSettings) -> 
         table.rule_epoch = table.events
         table.tallies = type(gathered).zeros()
     elif table.rule.false_alarm_events:
-        table.rule = track(table.rule, gathered.monitored_G, gathered.alarms_G)
+        table.rule = aimed(track(table.rule, gathered.monitored_G, gathered.alarms_G), wanted)
+
+
+def aimed(rule: Rule, false_alarm_events: float) -> Rule:
+    """The rule with its thresholds moved along the tail to another rate of alarms."""
+    if false_alarm_events == rule.false_alarm_events:
+        return rule
+    step = math.log(false_alarm_events / rule.false_alarm_events) / rule.tail
+    moved = _with(rule, np.maximum(rule.thresholds_G() + step, 0.05).tolist())
+    return msgspec.structs.replace(moved, false_alarm_events=false_alarm_events)
 
 
 def track(rule: Rule, monitored_G: I64, alarms_G: I64) -> Rule:

@@ -5,7 +5,8 @@ and is applied after the commit. The frozen part changes at epoch cuts only, by 
 4,096 batches of one. Everything gathered within an epoch is an exact integer: deltas add up in any grouping.
 
     snapshot  zlib of msgpack: every array, names, the rule
-    delta     msgpack of (keys, counts, new names, tally places and counts, events of shadow users), little endian
+    delta     msgpack of (keys, counts, new names, tally places and counts, events of shadow users, first and newest
+              event time), little endian
     shadow    users whose keyed hash lies under a limit that halves when their histories outgrow the budget; their
               events are kept (interest, time) so that a cut can replay them: see models/shift_calibration.py
 """
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from models.features import U8, U32, U64
 from models.index import KeyIndex
+from models.shift_rate import AlarmRate, Traffic
 from models.shift_rule import AGES, Rule, fixed_rule
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ _SHADOW_ALL = np.uint64(1 << SHADOW_BITS)
 _UNSEEN = 0.5  # pseudo-count of an interest never seen
 _UNSEEN_INTERESTS = 1_000  # how many of them there may be
 _SEGMENT_PRIOR = 200.0  # events' worth of everybody's shares in a segment's shares
-_FORMAT = 2
+_FORMAT = 3
 _ONE_INTEREST = np.uint64(1 << 32)  # keys below are of all users, above of a segment
 
 
@@ -107,6 +109,8 @@ class _Delta(msgspec.Struct, array_like=True):
     places: bytes
     place_counts: bytes
     shadow: tuple[bytes, bytes, bytes]
+    first_ms: int
+    newest_ms: int
 
 
 class _Snapshot(msgspec.Struct, array_like=True):
@@ -123,6 +127,9 @@ class _Snapshot(msgspec.Struct, array_like=True):
     rule_epoch: int
     shadow_limit: int
     shadow: tuple[bytes, bytes, bytes]
+    traffic: Traffic
+    first_ms: int
+    newest_ms: int
 
 
 class GroupTable:
@@ -157,6 +164,9 @@ class GroupTable:
         self.gathered = Tallies.zeros()  # since the last cut
         self.shadow = Shadow.empty()
         self.shadow_limit = _SHADOW_ALL
+        self.traffic = Traffic()  # frozen: up to the last cut
+        self._first_ms = 0  # of the partition's first event
+        self._newest_ms = 0
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -179,9 +189,18 @@ class GroupTable:
             return np.zeros(len(key_B))
         return np.where(row >= 0, self._weight[row], 0.0)
 
-    def measured(self) -> tuple[float, int]:
-        """Monitored events and alarms since the rule was fitted, up to the last cut: what calibration really gives."""
-        return float(self.tallies.monitored_G.sum()), int(self.tallies.alarms_G.sum())
+    def wanted(self) -> float:
+        """Events between alarms that the settings ask for, at the traffic as it was up to the last cut."""
+        return self.traffic.wanted(self._settings.alerts_per_day, self._settings.false_alarm_events)
+
+    def rate(self) -> AlarmRate:
+        """What was asked for and what calibration really gives."""
+        return AlarmRate(
+            requested=self.rule.false_alarm_events or self.wanted(),
+            calibrated=self.rule.false_alarm_events > 0,
+            monitored=int(self.tallies.monitored_G.sum()),
+            alarms=int(self.tallies.alarms_G.sum()),
+        )
 
     # ------------------------------------------------------------------ what a batch adds
 
@@ -206,6 +225,8 @@ class GroupTable:
                 places.astype("<i8").tobytes(),
                 advanced.tallies.flat[places].astype("<i8").tobytes(),
                 shadow.dump(),
+                int(events.time_ms[0]),
+                int(events.time_ms.max()),
             )
         )
 
@@ -225,6 +246,8 @@ class GroupTable:
         self.names.update(delta.names)
         self.gathered.flat[np.frombuffer(delta.places, "<i8")] += np.frombuffer(delta.place_counts, "<i8")
         self.shadow = self.shadow.join(Shadow.load(delta.shadow))
+        self._first_ms = self._first_ms or delta.first_ms
+        self._newest_ms = max(self._newest_ms, delta.newest_ms)
 
     def _append(self, keys: U64) -> None:
         first = len(self._keys)
@@ -261,6 +284,9 @@ class GroupTable:
         table.shadow_limit, table.shadow = self._shadow_in_budget()
         table.rule, table.rule_epoch = self.rule, self.rule_epoch
         table.tallies = Tallies(self.tallies.flat + self.gathered.flat)
+        table._first_ms, table._newest_ms = self._first_ms, self._newest_ms
+        monitored = int(self.gathered.monitored_G.sum())
+        table.traffic = self.traffic.after(self._first_ms, self._newest_ms, monitored)
         next_rule(table, self.gathered, settings)
         return table
 
@@ -297,6 +323,9 @@ class GroupTable:
                     self.rule_epoch,
                     int(self.shadow_limit),
                     self.shadow.dump(),
+                    self.traffic,
+                    self._first_ms,
+                    self._newest_ms,
                 )
             ),
             1,
@@ -324,5 +353,6 @@ class GroupTable:
         table.gathered = Tallies(np.frombuffer(saved.gathered, "<i8").astype(np.int64))
         table.rule, table.rule_epoch = saved.rule, saved.rule_epoch
         table.shadow_limit, table.shadow = np.uint64(saved.shadow_limit), Shadow.load(saved.shadow)
+        table.traffic, table._first_ms, table._newest_ms = saved.traffic, saved.first_ms, saved.newest_ms
         table._recount()
         return table

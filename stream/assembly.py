@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from stream.checkpoint import TopicNames
 from stream.config import Config, topic_names
 from stream.errors import ConfigError, Corrupt, Retryable
@@ -128,9 +130,10 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
     """The pipeline's part of the configuration; `quality_share` in place of the configured one."""
     from stream.pipeline import PipelineSettings
 
+    shift = config.shift
     return PipelineSettings(
         events=config.events,
-        shift=config.shift,
+        shift=msgspec.structs.replace(shift, alerts_per_day=shift.alerts_per_day / config.topics.partitions),
         emission=config.forecast.emission,
         steps=config.forecast.steps,
         top_k=config.forecast.top_k,

@@ -31,6 +31,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from models.shift_rate import poisson_interval
 from stream.errors import ConfigError
 from stream.records import BatchMetrics
 from stream.worker import Turn
@@ -50,6 +51,9 @@ _COUNTS = {
     "forecasts": "Forecasts published",
     "alerts": "Interest-shift alerts published",
     "new_users": "Users seen for the first time",
+    "monitored": "Events at which an alarm could have come, under calibrated thresholds",
+    "alarms": "Alarms of users under calibrated thresholds",
+    "expected_alarms": "Alarms that the requested rate gives for the monitored events",
 }
 _QUIET = frozenset({"restoring"})  # events that tell of progress, not of a change
 _MARKDOWN_HEAD = """\
@@ -143,6 +147,12 @@ class WorkerMetrics:
         self._lag = Gauge("driftline_lag_records", "Input records not read yet, an estimate", registry=registry)
         self._version = Gauge("driftline_weights_version", "Version of the weights in use", registry=registry)
         self._event_time = Gauge("driftline_event_time_seconds", "Newest event time, since 1970", registry=registry)
+        self._between = Gauge(
+            "driftline_false_alarm_events",
+            "Monitored events between alarms since this worker started: requested, measured, and the 95 % interval of "
+            "the measured (low, high)", ["what"], registry=registry,
+        )  # fmt: skip
+        self._sums = {"monitored": 0.0, "alarms": 0.0, "expected_alarms": 0.0}
         self._happened = Counter("driftline_happenings", "What the loop met, by name", ["name"], registry=registry)
 
     def turn(self, turn: Turn) -> None:
@@ -158,10 +168,24 @@ class WorkerMetrics:
         self._stages.labels("commit").observe(turn.commit_s)
         for m in counted:
             self._quality(m)
+        self._rates(counted)
         if counted:
             self._version.set(max(m.weights_version for m in counted))
             self._event_time.set(max(m.time_ms for m in counted) / 1_000)
             self._progress.add(sum(m.events for m in counted), weights=max(m.weights_version for m in counted))
+
+    def _rates(self, counted: Sequence[BatchMetrics]) -> None:
+        """Requested and measured events between alarms."""
+        for name in self._sums:
+            self._sums[name] += sum(getattr(m, name) for m in counted)
+        monitored, alarms = self._sums["monitored"], int(self._sums["alarms"])
+        if not monitored:
+            return
+        few, many = poisson_interval(alarms)
+        self._between.labels("requested").set(monitored / self._sums["expected_alarms"])
+        self._between.labels("measured").set(monitored / alarms if alarms else math.inf)
+        self._between.labels("low").set(monitored / many)
+        self._between.labels("high").set(monitored / few if few else math.inf)
 
     def _quality(self, m: BatchMetrics) -> None:
         for events, suffix in (("all", ""), ("moves", "_moves")):

@@ -226,6 +226,7 @@ class Pipeline:
             forecasts=len(part.advanced.after),
             alerts=len(part.advanced.alarmed),
             new_users=part.new_users,
+            **_rates(part),
             **_quality(ours, rule, moves),
         )
 
@@ -272,6 +273,7 @@ class Pipeline:
     def _alert(self, part: _Part, reason: Reason, name: Callable[[int], str]) -> out.ShiftAlert:
         b = reason.event
         user = part.decoded.users[b]
+        rate = part.state.groups.rate()
         return out.ShiftAlert(
             id=_id(part, b),
             user=user,
@@ -293,6 +295,11 @@ class Pipeline:
             after=[out.Candidate(name(i), round(p, 4)) for i, p in reason.after],
             threshold=round(reason.threshold, 3),
             evidence_sum=round(reason.evidence_sum, 3),
+            calibrated=rate.calibrated,
+            false_alarm_events=round(rate.requested, 1),
+            measured_false_alarm_events=_rounded(rate.measured),
+            measured_interval=[_rounded(end) for end in rate.interval],
+            measured_alarms=rate.alarms,
             weights_version=self.forecaster.version,
             sentence=reason.sentence(name),
             dedup_key=f"{user}/{reason.onset_ms}",
@@ -339,6 +346,23 @@ class Pipeline:
             return here.get(key) or partition.get(key) or vocabulary(key) or f"#{key:08x}"
 
         return name
+
+
+def _rates(part: _Part) -> dict[str, Any]:
+    """Sums for BatchMetrics: alarms that came and that were asked for, while the thresholds are calibrated."""
+    rate = part.state.groups.rate()
+    if not rate.calibrated:
+        return {}
+    monitored = int(part.advanced.tallies.monitored_G.sum())
+    return {
+        "monitored": monitored,
+        "alarms": int(part.advanced.tallies.alarms_G.sum()),
+        "expected_alarms": round(monitored / rate.requested, 6),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
 
 
 def _id(part: _Part, event: int) -> str:

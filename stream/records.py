@@ -87,8 +87,12 @@ class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
         evidence: the up to five events since the onset that speak loudest.
         before, after: top interests with their shares, before the onset and since.
         threshold: evidence that an alarm took when this one fired; `evidence_sum` is what there was.
-        false_alarm_events: requested events between false alarms (ARL0); `measured_false_alarm_events` what
-            calibration measures, None while nothing is measured.
+        calibrated: whether the threshold was made for the requested rate; else it is the setting.
+        false_alarm_events: requested events between false alarms (ARL0), in force for this alert.
+        measured_false_alarm_events: what came of it: events at which an alarm could have come, for each alarm, since
+            the rule was made; None before the first one. Real shifts are counted as alarms too.
+        measured_interval: its interval of 95 % (Poisson); the upper end is None before the first alarm.
+        measured_alarms: how many alarms that rests on.
         dedup_key: the same for repeated alerts on one shift.
         suppressed_count: alerts that this one stands for.
     """
@@ -113,8 +117,11 @@ class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
     forecast: list[Candidate] = []
     threshold: float
     evidence_sum: float
+    calibrated: bool = False
     false_alarm_events: float | None = None
     measured_false_alarm_events: float | None = None
+    measured_interval: list[float | None] | None = None
+    measured_alarms: int = 0
     weights_version: int
     sentence: str
     dedup_key: str
@@ -147,6 +154,8 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
         first_offset, next_offset: the input records covered, of the first input topic with records in this batch.
         time_ms: newest event time in the batch.
         records, events, dead_letters, late, forecasts, alerts, new_users: counts.
+        monitored, alarms: events at which an alarm could have come, and alarms, under calibrated thresholds only.
+        expected_alarms: alarms that the requested rate gives for them; alarms / expected_alarms should be near 1.
         scored: events whose forecast, made before them, was scored (events of the users in the quality share that
             have a history).
         reciprocal_ranks, hits_10: sums over the scored events, of our forecast for the next step.
@@ -167,6 +176,9 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     forecasts: int = 0
     alerts: int = 0
     new_users: int = 0
+    monitored: int = 0
+    alarms: int = 0
+    expected_alarms: float = 0.0
     scored: int = 0
     reciprocal_ranks: float = 0.0
     hits_10: int = 0
