@@ -23,6 +23,7 @@ from river.drift import ADWIN
 from torch import Tensor
 from torch.nn import functional as f
 
+from models.dedupe import first_sightings
 from models.features import F32, I64, U32, U64, EventColumns
 from models.forecaster import Forecaster, initial_weights
 from models.gru import NEVER, Moments, Network, Step, log_probability
@@ -162,18 +163,37 @@ class Learner:
 
     # ------------------------------------------------------------------ events in
 
-    def observe(self, user_key_B: U64, events: EventColumns, names: Mapping[int, str], *, learn: bool = True) -> None:
-        """Take the events of one partition, in order; with `learn` they wait to be learned, else they are history."""
+    def observe(
+        self,
+        user_key_B: U64,
+        events: EventColumns,
+        names: Mapping[int, str],
+        *,
+        learn: bool = True,
+        id_hash_B: U32 | None = None,
+    ) -> None:
+        """Take the events of one partition, in order; with `learn` they wait to be learned, else they are history.
+
+        Args:
+            id_hash_B: hashes of the events' ids; an event whose id its user's record remembers is passed over.
+        """
         self._vocabulary.note(names)
+        if id_hash_B is None:
+            id_hash_B = np.zeros(len(events), np.uint32)
         for start in range(0, len(events), _BATCH_EVENTS):
             span = slice(start, start + _BATCH_EVENTS)
-            self._observe(user_key_B[span], events.take(span), learn)
+            self._observe(user_key_B[span], events.take(span), id_hash_B[span], learn)
 
-    def _observe(self, user_key_B: U64, events: EventColumns, learn: bool) -> None:
+    def _observe(self, user_key_B: U64, events: EventColumns, id_hash_B: U32, learn: bool) -> None:
         keys_U, user_row = np.unique(user_key_B, return_inverse=True)
         events = replace(events, user_row=user_row.astype(np.int64))
         row_U = self._users.rows(keys_U)
         records = self._users.records[row_U]
+        fresh_B = first_sightings(records["dedupe"], events.user_row, id_hash_B)
+        if not fresh_B.all():
+            user_key_B, events = user_key_B[fresh_B], events.take(np.flatnonzero(fresh_B))
+        if not len(events):
+            return
         advanced = advance(records, events, self._groups, ShiftSettings(), _SILENT, np.ones(len(events), np.bool_))
         inputs = self._knowledge.inputs(events, advanced.gap_s_B, advanced.aggregates_BA)
         before_BH, _after, new_UH = self.forecaster().encode(

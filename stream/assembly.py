@@ -139,6 +139,7 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
         top_k=config.forecast.top_k,
         quality_share=config.worker.quality_share if quality_share is None else quality_share,
         epoch_records=config.worker.epoch_events,
+        partitions=config.topics.partitions,
     )
 
 

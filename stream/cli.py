@@ -304,7 +304,7 @@ def replay(
 
     from stream.replay import Pace, stored, to_records
     from stream.replay import replay as send
-    from stream.terminal import as_configured, file_form, open_source, say_counts, send_progress
+    from stream.terminal import file_form, open_source, say_counts, send_progress
 
     config = given.load().config
     console = Console(stderr=True)
@@ -321,7 +321,7 @@ def replay(
             kept = stored(reader, target, config.topics.partitions)
             reader.close()
         report = send(
-            to_records(as_configured(source, config.events)),
+            to_records(source, config.events),
             transport,
             topic=target,
             partitions=config.topics.partitions,

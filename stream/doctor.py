@@ -23,7 +23,7 @@ from stream.assembly import topic_problems, topic_specs
 from stream.config import Config, Secret, StateSettings
 from stream.errors import ConfigError, DriftlineError
 from stream.events import EventDecoder
-from stream.partition import partition_of
+from stream.partition import STRAY_SHARE, crc32_partition_of, partition_of
 from stream.tail import newest_records
 from stream.transport import Record, TopicPartition, Transport
 
@@ -37,7 +37,6 @@ CLOCK_AHEAD_MAX_S = 60.0
 SAMPLE_RECORDS = 500  # newest records of each input partition
 COMMAND_TIMEOUT_S = 20.0
 DEAD_SHARE_WARN = 0.01
-STRAY_SHARE = 0.02  # up to so many keys in a foreign partition, nobody mixes partitioners
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,19 +270,33 @@ def _partitioner(subject: str, sample: dict[int, list[Record]]) -> Iterator[Find
     for p, key in keyed:
         homes.setdefault(key, set()).add(p)
     split = sum(len(where) > 1 for where in homes.values())
-    own = sum(partition_of(key, len(sample)) == p for p, key in keyed)
-    stray = len(keyed) - own
+    limit = STRAY_SHARE * len(keyed)
+    murmur2 = sum(partition_of(key, len(sample)) == p for p, key in keyed)
+    crc32 = sum(crc32_partition_of(key, len(sample)) == p for p, key in keyed)
+    found = (
+        f"of {len(keyed)} sampled keys {murmur2} lie where murmur2 (Kafka's own clients) puts them and {crc32} where "
+    )
+    found += "CRC32 (librdkafka's default) does"
     if split:
         yield Finding(
             subject=subject,
             status="fail",
-            found=f"{split} of {len(homes)} sampled users have events in several partitions",
-            advice="give all producers one partitioner: librdkafka clients need partitioner=murmur2_random",
+            found=f"{split} of {len(homes)} sampled users have events in several partitions; {found}",
+            advice="give all producers one partitioner: librdkafka clients need partitioner=murmur2_random; "
+            "`driftline rekey` puts what is there already into one place",
         )
-    elif stray > STRAY_SHARE * len(keyed):
+    elif len(keyed) - murmur2 > limit and len(keyed) - crc32 > limit:
         yield Finding(
             subject=subject,
             status="warn",
-            found=f"{stray} of {len(keyed)} sampled keys are not where Kafka's default partitioner puts them",
-            advice="do not mix producers: `driftline replay` and `driftline user` use the default one (murmur2)",
+            found=f"mixed partitioners, or one of your own: {found}",
+            advice="all events of a user must lie in one partition: let all producers use the same partitioner",
+        )
+    elif len(keyed) - murmur2 > limit:
+        yield Finding(
+            subject=subject,
+            status="warn",
+            found=f"keys are partitioned by CRC32 (librdkafka's default): {found}",
+            advice="that works while all producers do so; `driftline replay` and `driftline user` use murmur2, and one "
+            "Java client would split its users. librdkafka clients can be given partitioner=murmur2_random",
         )

@@ -8,6 +8,7 @@ like any other. Everything here depends on the record alone, never on the wall c
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ import msgspec
 import numpy as np
 
 from models.features import EventColumns, interest_key, type_code
+from stream import fields
 from stream.errors import BadEvent, ConfigError
 from stream.records import DeadLetter, Source, dead_letter
 from stream.transport import Record
@@ -51,7 +53,8 @@ class EventSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fields: Annotated[
         dict[str, str],
         msgspec.Meta(
-            description='JSON field of each event field, where it is not the same name, e.g. interest = "category"'
+            description="JSON field of each event field, where it is not the same name; dots go into nested objects, "
+            'e.g. interest = "product.category.id"'
         ),
     ] = {}
     time_unit: Annotated[
@@ -83,6 +86,14 @@ class EventSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     vector_length: Annotated[
         int, msgspec.Meta(description="length of the content vectors; 0 = none are used", ge=0, le=4_096)
     ] = 0
+    dedupe: Annotated[
+        str,
+        msgspec.Meta(
+            description='"event_id": of two events of a user with one id the second is dropped and counted; looks back '
+            'over the user\'s last 4 ids; "" = off',
+            pattern="^(event_id)?$",
+        ),
+    ] = ""
     key_is_user: Annotated[
         bool,
         msgspec.Meta(
@@ -100,6 +111,7 @@ class Decoded:
         user_key_B: 64-bit keyed hash of the user id.
         records: the input record of each event.
         users, interests, event_ids: per event; names as sent.
+        id_hash_B: hash of each event's id; 0 where it has none, or where `events.dedupe` is off.
         dead: refused records.
     """
 
@@ -109,6 +121,7 @@ class Decoded:
     users: list[str]
     interests: list[str]
     event_ids: list[str | None]
+    id_hash_B: np.ndarray[Any, Any]
     dead: list[tuple[Record, BadEvent]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -135,6 +148,7 @@ class Decoded:
             users=[self.users[i] for i in rows],
             interests=[self.interests[i] for i in rows],
             event_ids=[self.event_ids[i] for i in rows],
+            id_hash_B=self.id_hash_B[index],
             dead=self.dead,
         )
 
@@ -155,14 +169,7 @@ class EventDecoder:
             )
         if settings.time_unit not in TIME_UNIT_MS:
             raise ConfigError(f"events.time_unit is {settings.time_unit!r}; use ms or s")
-        raw = msgspec.defstruct(
-            "RawEvent",
-            [(n, t) if d is msgspec.NODEFAULT else (n, t, d) for n, (t, d) in _FIELDS.items()],
-            rename={n: settings.fields.get(n, n) for n in FIELD_NAMES},
-            kw_only=True,
-            gc=False,
-        )
-        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(raw).decode
+        self._decode: Callable[[bytes], Any] = fields.decoder(_FIELDS, settings.fields)
         self._settings = settings
         self._hash_key = hash_key
         self._user_keys: dict[str, int] = {}
@@ -269,13 +276,18 @@ class EventDecoder:
             vector=vector,
         )
         hash_key = self._hash_key
+        event_ids = [None if e.event_id is None else str(e.event_id) for e in good]
+        id_hash_B = np.zeros(count, np.uint32)
+        if self._settings.dedupe:
+            id_hash_B[:] = [0 if i is None else zlib.crc32(i.encode(errors="replace")) or 1 for i in event_ids]
         return Decoded(
             columns=columns,
             user_key_B=np.array(self._cached(users, self._user_keys, lambda u: user_hash(u, hash_key)), np.uint64),
             records=kept,
             users=users,
             interests=interests,
-            event_ids=[None if e.event_id is None else str(e.event_id) for e in good],
+            event_ids=event_ids,
+            id_hash_B=id_hash_B,
             dead=dead,
         )
 

@@ -36,7 +36,9 @@ class LearnerModel(Protocol):
 
     version: int
 
-    def observe(self, user_key_B: Any, events: Any, names: Mapping[int, str], *, learn: bool = True) -> None: ...
+    def observe(
+        self, user_key_B: Any, events: Any, names: Mapping[int, str], *, learn: bool = True, id_hash_B: Any = None
+    ) -> None: ...
     def learn(self, max_steps: int) -> Any: ...
     def weights_bytes(self) -> bytes:
         """The next version, serialised; `version` is its number from now on."""
@@ -204,7 +206,13 @@ class LearnerLoop:
     def _observe(self, records: Sequence[Record], *, learn: bool) -> None:
         decoded: Decoded = self._decoder.decode(records)  # dead letters are the worker's business
         if len(decoded):
-            self.model.observe(decoded.user_key_B, decoded.columns, decoded.interest_names, learn=learn)
+            self.model.observe(
+                decoded.user_key_B,
+                decoded.columns,
+                decoded.interest_names,
+                learn=learn,
+                id_hash_B=decoded.id_hash_B,
+            )
 
     # ------------------------------------------------------------------ publishing
 

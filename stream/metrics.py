@@ -33,6 +33,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from models.shift_rate import poisson_interval
 from stream.errors import ConfigError
+from stream.partition import STRAY_SHARE
 from stream.records import BatchMetrics
 from stream.worker import Turn
 
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 SILENT_MAX_S = 60.0
 PROGRESS_LOG_S = 10.0
 REQUEST_TIMEOUT_S = 5.0
+NEW_USERS_MIN = 200  # before anything is said about partitioners
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _RECORDS = (1, 4, 16, 64, 256, 1_024, 4_096, 16_384, 65_536)
 _COUNTS = {
@@ -48,12 +50,15 @@ _COUNTS = {
     "events": "Events used",
     "dead_letters": "Records written to the dead letters",
     "late": "Late events, whatever was done with them",
+    "duplicates": "Events dropped because their id had been seen (events.dedupe)",
     "forecasts": "Forecasts published",
     "alerts": "Interest-shift alerts published",
     "new_users": "Users seen for the first time",
     "monitored": "Events at which an alarm could have come, under calibrated thresholds",
     "alarms": "Alarms of users under calibrated thresholds",
     "expected_alarms": "Alarms that the requested rate gives for the monitored events",
+    "not_murmur2": "New users that are not where Kafka's default partitioner puts them",
+    "not_crc32": "New users that are not where librdkafka's default partitioner puts them",
 }
 _QUIET = frozenset({"restoring"})  # events that tell of progress, not of a change
 _MARKDOWN_HEAD = """\
@@ -116,6 +121,29 @@ class _Progress:
             self._count, self._since_s = 0, self._clock()
 
 
+class _Partitioners:
+    """Says once that producers with different partitioners write to one topic: then a user lies in two partitions."""
+
+    def __init__(self) -> None:
+        self._users = self._not_murmur2 = self._not_crc32 = 0
+        self._said = False
+
+    def look(self, turn: Turn) -> None:
+        for m in (step.metrics for step in turn.steps if step.metrics is not None):
+            self._users += m.new_users
+            self._not_murmur2 += m.not_murmur2
+            self._not_crc32 += m.not_crc32
+        if self._said or self._users < NEW_USERS_MIN:
+            return
+        if min(self._not_murmur2, self._not_crc32) > STRAY_SHARE * self._users:
+            self._said = True
+            log.warning(
+                "event=mixed_partitioners new_users=%d not_by_murmur2=%d not_by_crc32=%d "
+                "advice='give all producers one partitioner: librdkafka clients need partitioner=murmur2_random'",
+                self._users, self._not_murmur2, self._not_crc32,
+            )  # fmt: skip
+
+
 class WorkerMetrics:
     """A worker's observer (worker.Observer): counts, times, quality, faults."""
 
@@ -124,6 +152,7 @@ class WorkerMetrics:
     ) -> None:
         self._health = health
         self._progress = _Progress(clock)
+        self._partitioners = _Partitioners()
         self._counts = {n: Counter(f"driftline_{n}", text, registry=registry) for n, text in _COUNTS.items()}
         self._batches = Histogram("driftline_batch_records", "Records of a batch", buckets=_RECORDS, registry=registry)
         self._stages = Histogram(
@@ -157,6 +186,7 @@ class WorkerMetrics:
 
     def turn(self, turn: Turn) -> None:
         """A committed batch."""
+        self._partitioners.look(turn)
         counted: list[BatchMetrics] = [s.metrics for s in turn.steps if s.metrics is not None]
         for name, counter in self._counts.items():
             counter.inc(sum(getattr(m, name) for m in counted))

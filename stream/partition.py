@@ -7,11 +7,14 @@ default partitioner agrees, so that all events of a user lie in one partition, i
 from __future__ import annotations
 
 import struct
+import zlib
+from collections.abc import Iterable
 from functools import lru_cache
 
 _MULTIPLIER = 0x5BD1E995
 _SEED = 0x9747B28C
 _MASK = 0xFFFFFFFF
+STRAY_SHARE = 0.02  # up to so many keys in a foreign partition, nobody mixes partitioners
 
 
 def murmur2(data: bytes) -> int:
@@ -54,3 +57,30 @@ def partition_of(key: bytes, partitions: int) -> int:
     if partitions < 1:
         raise ValueError(f"a topic has at least one partition, not {partitions}")
     return _positive_hash(key) % partitions
+
+
+def crc32_partition_of(key: bytes, partitions: int) -> int:
+    """Where librdkafka's default partitioner puts `key`: another place than Kafka's own clients, mostly.
+
+    Source: the partitioner `consistent_random` of librdkafka, CRC-32 of the key.
+
+    Example:
+        >>> [crc32_partition_of(user.encode(), 4) for user in ("ada", "ben", "cleo")]
+        [0, 1, 2]
+    """
+    return zlib.crc32(key) % partitions
+
+
+def misplaced(users: Iterable[str], partition: int, partitions: int) -> dict[str, int]:
+    """How many of the users of a partition lie elsewhere by each of the two rules that producers have in use.
+
+    One rule in use: its count stays 0. Both counts grow: producers of both kinds write to one topic, and a user's
+    events lie in two partitions.
+    """
+    counts = {"not_murmur2": 0, "not_crc32": 0}
+    if partitions > 1:
+        for user in users:
+            key = user.encode()
+            counts["not_murmur2"] += partition_of(key, partitions) != partition
+            counts["not_crc32"] += crc32_partition_of(key, partitions) != partition
+    return counts

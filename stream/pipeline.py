@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from models.dedupe import first_sightings
 from models.features import EventColumns, type_name
 from models.forecaster import Forecaster
 from models.profile import USER, Advanced, EmissionSettings, Snapshot, advance, emission_names
@@ -28,11 +31,13 @@ from stream import records as out
 from stream.engine import Output, PartitionState, PartitionStep
 from stream.errors import BadEvent
 from stream.events import Decoded, EventDecoder, EventSettings, refuse
+from stream.partition import misplaced
 from stream.records import BatchMetrics
 from stream.state import Records
 from stream.transport import Record, TopicPartition
 
 _HASH_SHARE = 1 << 20
+_timestamp = attrgetter("timestamp")  # clicks and purchases of a batch are taken in the order of their records
 _TYPES = 4  # event types named in a forecast
 Floats = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
@@ -54,6 +59,7 @@ class PipelineSettings:
     top_k: int
     quality_share: float
     epoch_records: int
+    partitions: int = 1
     first_epoch_records: int = 256
 
 
@@ -69,7 +75,8 @@ class _Part:
     decoded: Decoded
     watermark_ms: int
     late: int
-    new_users: int
+    duplicates: int
+    new_users: list[str]
     records: Records
     advanced: Advanced
     first_event: int = 0  # where this part's events begin in the whole batch
@@ -135,12 +142,16 @@ class Pipeline:
         """Decode one partition's records and walk its events: detector, profile, ring, what is due."""
         settings = self._settings
         mine = {tp: records for tp, records in inputs.items() if tp.partition == partition}
-        decoded = self._decoder.decode([record for records in mine.values() for record in records])
+        decoded = self._decoder.decode(list(merge(*mine.values(), key=_timestamp)))
         decoded, watermark_ms, late = self._late(decoded, state.watermark_ms)
-        keys_U, user_row = np.unique(decoded.user_key_B, return_inverse=True)
+        keys_U, first_U, user_row = np.unique(decoded.user_key_B, return_index=True, return_inverse=True)
         decoded.columns.user_row = user_row.astype(np.int64)
         records = state.arena.take(keys_U)
-        new_users = int((records["events"] == 0).sum())
+        new_users = [decoded.users[b] for b in first_U[records["events"] == 0].tolist()]
+        fresh_B = first_sightings(records["dedupe"], decoded.columns.user_row, decoded.id_hash_B)
+        duplicates = len(decoded) - int(fresh_B.sum())
+        if duplicates:
+            decoded = decoded.keep(fresh_B)
         score_B = (decoded.user_key_B % np.uint64(_HASH_SHARE)) < np.uint64(settings.quality_share * _HASH_SHARE)
         advanced = advance(records, decoded.columns, state.groups, settings.shift, settings.emission, score_B)
         return _Part(
@@ -152,6 +163,7 @@ class Pipeline:
             decoded=decoded,
             watermark_ms=watermark_ms,
             late=late,
+            duplicates=duplicates,
             new_users=new_users,
             records=records,
             advanced=advanced,
@@ -223,9 +235,11 @@ class Pipeline:
             events=len(part.decoded),
             dead_letters=len(part.decoded.dead),
             late=part.late,
+            duplicates=part.duplicates,
             forecasts=len(part.advanced.after),
             alerts=len(part.advanced.alarmed),
-            new_users=part.new_users,
+            new_users=len(part.new_users),
+            **misplaced(part.new_users, part.partition, self._settings.partitions),
             **_rates(part),
             **_quality(ours, rule, moves),
         )

@@ -153,9 +153,11 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         first_offset, next_offset: the input records covered, of the first input topic with records in this batch.
         time_ms: newest event time in the batch.
-        records, events, dead_letters, late, forecasts, alerts, new_users: counts.
+        records, events, dead_letters, late, duplicates, forecasts, alerts, new_users: counts.
         monitored, alarms: events at which an alarm could have come, and alarms, under calibrated thresholds only.
         expected_alarms: alarms that the requested rate gives for them; alarms / expected_alarms should be near 1.
+        not_murmur2, not_crc32: new users that lie elsewhere than Kafka's default partitioner, or librdkafka's, puts
+            them; where both grow, producers with different partitioners write to one topic.
         scored: events whose forecast, made before them, was scored (events of the users in the quality share that
             have a history).
         reciprocal_ranks, hits_10: sums over the scored events, of our forecast for the next step.
@@ -173,12 +175,15 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     events: int
     dead_letters: int = 0
     late: int = 0
+    duplicates: int = 0
     forecasts: int = 0
     alerts: int = 0
     new_users: int = 0
     monitored: int = 0
     alarms: int = 0
     expected_alarms: float = 0.0
+    not_murmur2: int = 0
+    not_crc32: int = 0
     scored: int = 0
     reciprocal_ranks: float = 0.0
     hits_10: int = 0

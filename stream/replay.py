@@ -11,17 +11,21 @@ partition, which is exact even when the last batch was stored by half.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
 from stream.errors import ConfigError, Retryable
+from stream.events import EventSettings
+from stream.fields import nested, overlay
 from stream.partition import partition_of
 from stream.rows import Event, StreamRecord
 from stream.transport import LogReader, TopicPartition, Transport
 
 BATCH_RECORDS = 2_000
+PLAIN = EventSettings()
 AHEAD_S = 0.05  # a record may go out this much early, so that a fast replay does not wait for each of them
 NAP_S = 0.25  # the longest wait between two looks at the clock
 PROGRESS_S = 0.5
@@ -106,11 +110,23 @@ class Stored:
     last: dict[int, tuple[bytes | None, bytes | None]]
 
 
-def to_records(events: Iterable[Event]) -> Iterator[StreamRecord]:
-    """Events in the wire form, keyed by user."""
+def to_records(events: Iterable[Event], settings: EventSettings = PLAIN) -> Iterator[StreamRecord]:
+    """Events in the wire form, keyed by user: under the names, at the paths and in the unit of the configuration."""
     encode = msgspec.json.Encoder().encode
     for event in events:
-        yield event["user"].encode(), encode(event), event["time"]
+        yield event["user"].encode(), encode(_placed(event, settings)), event["time"]
+
+
+def _placed(event: Event, settings: EventSettings) -> Mapping[str, Any]:
+    """The JSON object of an event as the configuration expects to find it."""
+    names, seconds = settings.fields, settings.time_unit == "s"
+    if not names and not seconds:
+        return event
+    placed: dict[str, Any] = {}
+    for name, value in event.items():
+        written = event["time"] / 1_000 if seconds and name == "time" else value
+        overlay(placed, nested(names[name], name, written) if name in names else {name: written})
+    return placed
 
 
 def stored(reader: LogReader, topic: str, partitions: int) -> Stored:

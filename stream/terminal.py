@@ -6,19 +6,17 @@ Beside the way of an event; cli.py passes the console. Progress goes to a termin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from stream.demo_run import DemoProgress
-from stream.events import EventSettings
 from stream.files import EventSource, FileForm, open_events
 from stream.mapping import Mapping as ColumnMapping
 from stream.replay import ReplayProgress
-from stream.rows import Event
 from stream.summary import DemoScore, summary
 from stream.tail import printable
 
@@ -49,16 +47,6 @@ def open_source(console: Console, file: str, columns: str, form: FileForm) -> Ev
     for column in source.facts.unseen:
         say(console, f"{source.facts.name}: no {column!r} in the first rows; it may come later")
     return source
-
-
-def as_configured(events: Iterable[Event], settings: EventSettings) -> Iterator[Event]:
-    """Events under the names and in the unit that the configuration gives to records of the events topic."""
-    names, seconds = settings.fields, settings.time_unit == "s"
-    for event in events:
-        renamed: dict[str, Any] = {names.get(name, name): value for name, value in event.items()}
-        if seconds:
-            renamed[names.get("time", "time")] = event["time"] / 1_000
-        yield cast(Event, renamed)
 
 
 def say_counts(console: Console, source: EventSource) -> None:

@@ -59,6 +59,21 @@ def test_a_step_needs_its_events_and_every_event_is_learned_once() -> None:
     assert learner.learn(10).events == 0
 
 
+def test_an_event_sent_twice_is_learned_once() -> None:
+    """With ids, the second is passed over, also in another batch; the learner is that of a stream without it."""
+    events = stream(400)
+    ids = np.arange(1, 401, dtype=np.uint32)
+    once, twice = fresh(), fresh()
+    for start in range(0, 400, 100):
+        feed(once, events, slice(start, start + 100), id_hash_B=ids[start : start + 100])
+        again = np.sort(np.concatenate([np.arange(start, start + 100), np.arange(start, start + 100, 7)]))
+        keys = events.user_row[again].astype(np.uint64) + np.uint64(1)
+        twice.observe(keys, events.take(again), {}, id_hash_B=ids[again])
+        twice.observe(keys[-3:], events.take(again[-3:]), {}, id_hash_B=ids[again[-3:]])
+        assert once.learn(10).events == twice.learn(10).events
+    assert once.weights_bytes() == twice.weights_bytes()
+
+
 def test_the_same_seed_gives_the_same_bytes() -> None:
     """Deterministic on a CPU; another seed differs; the global generators are not touched."""
     events = stream(400)

@@ -55,7 +55,9 @@ class Tally:
         self.rebuilt = 0
         self._queue: list[str] = []
 
-    def observe(self, user_key_B: Any, events: Any, names: Mapping[int, str], *, learn: bool = True) -> None:
+    def observe(
+        self, user_key_B: Any, events: Any, names: Mapping[int, str], *, learn: bool = True, id_hash_B: Any = None
+    ) -> None:
         ids = [f"{k}/{t}" for k, t in zip(user_key_B.tolist(), events.time_ms.tolist(), strict=True)]
         if learn:
             self._queue += ids

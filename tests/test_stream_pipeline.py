@@ -19,6 +19,7 @@ from models.settings import NetworkSettings
 from models.shift import ShiftSettings
 from stream.engine import PartitionState, merge
 from stream.events import EventDecoder, EventSettings
+from stream.partition import crc32_partition_of, partition_of
 from stream.pipeline import Pipeline, PipelineSettings
 from stream.records import BatchMetrics, Forecast, ShiftAlert
 from stream.state import Arena
@@ -28,9 +29,17 @@ START_MS = 1_700_000_000_000
 TP = TopicPartition("events", 0)
 
 
-def make(policy: str = "on-change", share: float = 1.0, late: str = "update", threshold: float = 5.0) -> Pipeline:
+def make(
+    policy: str = "on-change",
+    share: float = 1.0,
+    late: str = "update",
+    threshold: float = 5.0,
+    dedupe: str = "",
+    partitions: int = 1,
+) -> Pipeline:
     settings = PipelineSettings(
-        events=EventSettings(late=late),
+        events=EventSettings(late=late, dedupe=dedupe),
+        partitions=partitions,
         shift=ShiftSettings(threshold=threshold, age_min_events=10),
         emission=msgspec.convert({"policy": policy}, EmissionSettings),
         steps=3,
@@ -196,3 +205,88 @@ def test_names_come_from_the_partition() -> None:
     named = {c["interest"] for s, r in outputs if s == "forecasts" for c in r["steps"][0]["interests"]}
     assert named and not any(n.startswith("#") for n in named)
     assert interest_key("i1") > 0
+
+
+def with_ids(records: list[LogRecord], again: float, rng: random.Random) -> list[LogRecord]:
+    """The stream with event ids, and some records sent twice, the second up to two events of the user later."""
+    sent: list[LogRecord] = []
+    waiting: list[tuple[int, LogRecord]] = []
+    for number, record in enumerate(records):
+        value = orjson.dumps(orjson.loads(record.value or b"") | {"event_id": f"e{number}"})
+        sent.append(record._replace(value=value))
+        waiting = [(n - 1, r) for n, r in waiting]
+        if rng.random() < again:
+            waiting.append((rng.randrange(3), sent[-1]))
+        sent += [r for n, r in waiting if n <= 0]
+        waiting = [(n, r) for n, r in waiting if n > 0]
+    return [record._replace(offset=offset) for offset, record in enumerate(sent)]
+
+
+@pytest.mark.parametrize("batch", [1, 37, 4_096])
+def test_an_event_that_comes_twice_counts_once(batch: int) -> None:
+    """With events.dedupe the second is dropped and counted, and the states are those of a stream without it."""
+    records = stream(500)
+    twice = with_ids(records, 0.2, random.Random(2))
+    added = len(twice) - len(records)
+    whole, _ = run(make(), records, 4_096)
+    state, outputs = run(make(dedupe="event_id"), twice, batch)
+    metrics = [msgspec.convert(r, BatchMetrics) for s, r in outputs if s == "metrics"]
+    assert added > 50 and sum(m.duplicates for m in metrics) == added
+    assert sum(m.events for m in metrics) == 500 and sum(m.records for m in metrics) == len(twice)
+    mine, wanted = state.arena.all(), whole.arena.all()
+    for name in ("key", "events", "ring_interest", "last_time_ms", "purchases"):
+        assert (mine[name] == wanted[name]).all(), name
+
+
+def test_without_the_setting_ids_change_nothing() -> None:
+    """Off by default: both are events."""
+    twice = with_ids(stream(100), 0.5, random.Random(2))
+    _, outputs = run(make(), twice, 64)
+    metrics = [msgspec.convert(r, BatchMetrics) for s, r in outputs if s == "metrics"]
+    assert sum(m.events for m in metrics) == len(twice) > 120 and sum(m.duplicates for m in metrics) == 0
+
+
+def test_clicks_and_purchases_are_taken_in_the_order_of_their_records() -> None:
+    """Two input topics of one partition: a batch takes them by record time, each topic in its own order."""
+    records = stream(200)
+    clicks = TopicPartition("clicks", 0)
+    purchases = TopicPartition("purchases", 0)
+    split: dict[TopicPartition, list[LogRecord]] = {clicks: [], purchases: []}
+    for record in records:
+        place = purchases if b'"buy"' in (record.value or b"") else clicks
+        split[place].append(record._replace(topic=place.topic, offset=len(split[place])))
+    pipeline = make()
+    whole = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups())
+    state = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups())
+    for into, inputs in ((whole, {TP: records[:64]}), (state, {tp: r[:64] for tp, r in split.items()})):
+        if into is state:
+            inputs = {tp: [r for r in mine if r.timestamp <= records[63].timestamp] for tp, mine in split.items()}
+        (step,) = pipeline.process({0: into}, inputs)
+        merge(pipeline, into, step)
+        assert set(step.positions) == set(inputs)
+    for name in whole.arena.all().dtype.names or ():
+        if name != "block":
+            np.testing.assert_allclose(whole.arena.all()[name], state.arena.all()[name], atol=1e-6)
+
+
+def test_mixed_partitioners_are_counted_by_new_user() -> None:
+    """Users that neither rule would put here show that both are in use: one rule alone leaves its count at 0."""
+    events = [{"user": f"u{n}", "interest": "x", "time": START_MS} for n in range(400)]
+    here = {
+        rule: [e for e in events if rule(e["user"].encode(), 4) == 0] for rule in (partition_of, crc32_partition_of)
+    }
+    found = {}
+    for name, chosen in (
+        ("murmur2", here[partition_of]),
+        ("crc32", here[crc32_partition_of]),
+        ("mixed", here[partition_of] + here[crc32_partition_of]),
+    ):
+        records = [
+            LogRecord("events", 0, i, START_MS, e["user"].encode(), orjson.dumps(e)) for i, e in enumerate(chosen)
+        ]
+        _, outputs = run(make(partitions=4), records, 50)
+        metrics = [msgspec.convert(r, BatchMetrics) for s, r in outputs if s == "metrics"]
+        found[name] = (sum(m.not_murmur2 for m in metrics), sum(m.not_crc32 for m in metrics))
+    assert found["murmur2"][0] == 0 < found["murmur2"][1]
+    assert found["crc32"][1] == 0 < found["crc32"][0]
+    assert min(found["mixed"]) > 20
