@@ -98,6 +98,7 @@ class Splices:
 
     runs: Histories
     at: I64
+    owner: I64  # the user whose history was left, in the histories that the splices were made from
     window: int
 
 
@@ -154,6 +155,7 @@ def splice(
     parts: list[I64] = []
     times: list[I64] = []
     at: list[int] = []
+    owner: list[int] = []
     for user in range(histories.users):
         cuts = np.append(at_of[user], first[user + 1]) if first[user + 1] - first[user] >= after else at_of[user]
         for _ in range(per_user if len(cuts) and len(donors) else 0):
@@ -168,9 +170,13 @@ def splice(
             parts.append(np.concatenate([own, foreign]))
             times.append(np.concatenate([histories.time_ms[own], moved]))
             at.append(len(own))
+            owner.append(user)
     if not parts:
         return Splices(
-            runs=histories.some(np.zeros(histories.users, np.bool_)), at=np.zeros(0, np.int64), window=window
+            runs=histories.some(np.zeros(histories.users, np.bool_)),
+            at=np.zeros(0, np.int64),
+            owner=np.zeros(0, np.int64),
+            window=window,
         )
     index = np.concatenate(parts)
     runs = Histories(
@@ -179,7 +185,7 @@ def splice(
         time_ms=np.concatenate(times),
         share=histories.share[index],
     )
-    return Splices(runs=runs, at=np.array(at, np.int64), window=window)
+    return Splices(runs=runs, at=np.array(at, np.int64), owner=np.array(owner, np.int64), window=window)
 
 
 def delays(splices: Splices, alarm_B: npt.NDArray[np.bool_], refractory: int) -> tuple[F64, npt.NDArray[np.bool_]]:

@@ -428,10 +428,10 @@ def _close(user: Any, typical: bool) -> None:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _calm(user: Any) -> None:
+def _calm(user: Any, release: bool) -> None:
     """The evidence is 0: no suspicion; what was held back enters the slow profile after all."""
     events = int(user.events)
-    for i in range(min(events, RING)):
+    for i in range(min(events, RING) if release else 0):
         slot = (events - 1 - i) & _LAST
         if user.ring_type[slot] & HELD:
             user.ring_type[slot] = user.ring_type[slot] & ~np.uint8(HELD)
@@ -570,7 +570,7 @@ def walk(
             if monitored:
                 user.evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
                 if user.evidence <= 0.0:
-                    _calm(user)
+                    _calm(user, p.hold_share >= 0.0)
             group = np.searchsorted(_AGE_EDGES, age, side="right")
             _close(user, not p.usual_guarded or user.evidence <= p.hold_share * thresholds_G[group])
 

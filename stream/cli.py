@@ -405,6 +405,61 @@ def evaluate(
         print(msgspec.json.encode({"rows": rows}).decode())
 
 
+@command(app)
+def evaluate_shifts(
+    given: Given,
+    file: Annotated[str, typer.Argument(help="CSV, TSV or JSON lines, also .gz and .zip; - for standard input.")],
+    columns: MapOption,
+    header: HeaderOption = True,
+    separator: SepOption = None,
+    time_unit: UnitOption = None,
+    sort: SortOption = True,
+    encoding: EncodingOption = "utf-8",
+    suites: Annotated[str | None, typer.Option(help="S0 to S7 with commas; all that the file allows.")] = None,
+    arl0: Annotated[str, typer.Option(help="Events between false alarms, with commas.")] = "500",
+    labels: Annotated[Path | None, typer.Option(help="Labelled blocks (S5).")] = None,
+    test_users: Annotated[
+        float, typer.Option(min=0.05, max=1, help="Share of users to report on; the rest is tuned on. 1: all are both.")
+    ] = 0.5,
+    window: Annotated[int | None, typer.Option(min=20, help="A made shift is missed after so many events.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves and the made shifts.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The last line is JSON with all rows.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots and stories.")] = None,
+) -> None:
+    """What the shift alerts are worth: delay, misses and false alarms beside other detectors, at the same rate.
+
+    Example: driftline evaluate-shifts events.csv.gz --map user=uid,interest=category,time=ts --arl0 200,500 --json
+    """
+    import msgspec
+    from rich.console import Console
+
+    from stream.config import plain_events
+
+    config = plain_events(given.load().config)
+    log_to(config.app, "evaluate-shifts")
+    from stream import shift_evaluation as shifts
+    from stream.shift_terminal import print_shifts
+    from stream.terminal import evaluation_progress, file_form, open_source, say_counts
+
+    wanted = shifts.asked(suites, arl0, test_users, window, seed, labels is not None)
+    blocks = None if labels is None else shifts.read_labels(labels)
+    console = Console(stderr=True)
+    source = open_source(console, file, columns, file_form(header, separator, time_unit, sort, encoding))
+    with source:
+        events = shifts.read_histories(source)
+    say_counts(console, source)
+    with evaluation_progress(console, "detectors") as show:
+        rows = shifts.evaluate_shifts(events, blocks, config.shift, wanted, show)
+    print_shifts(Console(), rows, same_users=test_users >= 1)
+    if html is not None:
+        from stream.shift_report import write_shift_report
+
+        write_shift_report(html, rows, events, config.shift, wanted)
+    if as_json:
+        print(msgspec.json.encode({"further": [shifts.further_row(row) for row in rows]}).decode())
+        print(msgspec.json.encode({"rows": [shifts.json_row(row) for row in rows]}).decode())
+
+
 # ---------------------------------------------------------------------------------------------------- what comes out
 
 

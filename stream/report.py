@@ -19,20 +19,25 @@ from stream.findings import Report, Story, SummaryRow
 
 def render_html(report: Report) -> str:
     """The page."""
-    sections = [_section("Forecasts over time", _QUALITY_TEXT, quality_figure(report), 330)]
+    sections = [section("Forecasts over time", _QUALITY_TEXT, quality_figure(report), 330)]
     text = _ALERTS_TEXT.format(within=report.found_within_events)
-    sections.append(_section("Alerts against the truth", text, alerts_figure(report), 470))
+    sections.append(section("Alerts against the truth", text, alerts_figure(report), 470))
     if report.story is not None:
         sections.append(_story_section(report.story))
     else:
         sections.append(
             "<section><h2>One user</h2><p>No planted shift was found, so there is no story to tell.</p></section>"
         )
+    sections.insert(0, f"<section>{_table(report.summary)}</section>")
+    return page(report.title, report.subtitle, sections)
+
+
+def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
+    """A page of sections that needs no network."""
     return _PAGE.format(
-        title=escape(report.title),
-        subtitle=escape(report.subtitle),
+        title=escape(title),
+        subtitle=escape(subtitle),
         style=_STYLE,
-        table=_table(report.summary),
         sections="\n".join(sections),
         plotly=get_plotlyjs(),
         script=_SCRIPT,
@@ -51,7 +56,8 @@ def _table(rows: Sequence[SummaryRow]) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _section(title: str, text: str, figure: go.Figure, height: int) -> str:
+def section(title: str, text: str, figure: go.Figure, height: int) -> str:
+    """A plot with its title and what it shows; the text is HTML."""
     return f"<section><h2>{escape(title)}</h2><p>{text}</p>{_plot(figure, height)}</section>"
 
 
@@ -179,7 +185,6 @@ _PAGE = """<!doctype html>
 <title>{title}</title><style>{style}</style></head>
 <body><main>
 <header><h1>{title}</h1><p>{subtitle}</p></header>
-<section>{table}</section>
 {sections}
 </main><script>{plotly}</script><script>{script}</script></body></html>
 """

@@ -103,11 +103,11 @@ def print_summary(console: Console, judged: DemoScore) -> None:
 
 
 @contextmanager
-def evaluation_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Which model is at which event."""
+def evaluation_progress(console: Console, what: str = "events") -> Iterator[Callable[[str, int, int], None]]:
+    """Which model is at which event, or which detector's turn it is."""
 
     def show(model: str, done: int, total: int) -> None:
-        status.update(f"{model}: {done:,} of {total:,} events")
+        status.update(f"{model}: {done:,} of {total:,} {what}")
 
     with console.status("reading") as status:
         yield show

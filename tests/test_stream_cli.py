@@ -77,7 +77,7 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 
 def test_the_commands_that_are_promised_exist() -> None:
-    """run, worker, learner, demo, simulate, replay, evaluate, tail, topics, user, config, doctor."""
+    """run, worker, learner, demo, simulate, replay, evaluate, evaluate-shifts, tail, topics, user, config, doctor."""
     promised = [
         "run",
         "worker",
@@ -86,6 +86,7 @@ def test_the_commands_that_are_promised_exist() -> None:
         "simulate",
         "replay",
         "evaluate",
+        "evaluate-shifts",
         "tail",
         "user",
         "config",

@@ -1,0 +1,218 @@
+"""Detectors to be measured against: one knob each, all on the same events in the same order.
+
+Beside the way of an event: only the evaluation runs these. Every detector is silent before a user has
+`age_min_events` and for `refractory_events` after an alarm, like ours, and its knob is set so that the real order of
+real users raises the same rate of alarms.
+
+The streams they watch come from a slow profile that goes on learning (no guard): the log-likelihood ratio of each event
+(z), its surprisal under the profile, or the sum of a session's ratios over the square root of its distinct interests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from river.drift import ADWIN, KSWIN, PageHinkley
+from river.drift.binary import HDDMW
+
+from models.shift_calibration import Histories, run, session_starts
+from models.shift_rule import Rule, fixed_rule
+
+if TYPE_CHECKING:
+    from models.shift import ShiftSettings
+
+F64 = npt.NDArray[np.float64]
+BOOL = npt.NDArray[np.bool_]
+
+_NEVER = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a detector said at each event.
+
+    Attributes:
+        onset_events_B: the user's events since the onset that the detector estimates; 0 = it estimates none.
+    """
+
+    alarm_B: BOOL
+    monitored: int
+    onset_events_B: npt.NDArray[np.int64] | None = None
+
+
+class Detector(Protocol):
+    """Alarms on histories at a setting of the knob; a larger knob means fewer alarms."""
+
+    name: str
+    knobs: tuple[float, float]  # where to look for the setting, on a logarithmic scale
+
+    def outcome(self, histories: Histories, knob: float) -> Outcome: ...
+
+
+class RuleDetector:
+    """One of our own rules; the knob multiplies its thresholds."""
+
+    def __init__(self, name: str, rule: Rule, settings: ShiftSettings) -> None:
+        self.name, self.rule, self.settings = name, rule, settings
+        self.knobs = (0.02, 50.0)
+
+    def at(self, knob: float) -> Rule:
+        return msgspec.structs.replace(self.rule, thresholds=tuple(knob * t for t in self.rule.thresholds))
+
+    def outcome(self, histories: Histories, knob: float) -> Outcome:
+        done = run(histories, self.at(knob), self.settings)
+        return Outcome(
+            alarm_B=done.alert_B, monitored=int(done.tallies.monitored_G.sum()), onset_events_B=done.onset_events_B
+        )
+
+
+class DummyDetector:
+    """An alarm every so many events, whatever happens: what any number here has to be compared with."""
+
+    def __init__(self, settings: ShiftSettings) -> None:
+        self.name, self.settings, self.knobs = "dummy", settings, (5.0, 1e6)
+
+    def outcome(self, histories: Histories, knob: float) -> Outcome:
+        monitored_B = _old_enough(histories, self.settings)
+        every = max(1, round(knob))
+        clock = np.cumsum(monitored_B) + 7_919 * histories.user  # users start at different places of the period
+        alarm_B = monitored_B & (clock % every == 0)
+        return Outcome(alarm_B=alarm_B, monitored=int(monitored_B.sum()))
+
+
+class StreamDetector:
+    """A detector of river on one number an event or a session.
+
+    Args:
+        stream: what it watches: NaN where there is nothing to see.
+        make: a fresh detector for a setting of the knob.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: ShiftSettings,
+        stream: Callable[[Histories, ShiftSettings], F64],
+        make: Callable[[float], Any],
+        knobs: tuple[float, float],
+    ) -> None:
+        self.name, self.settings, self.knobs = name, settings, knobs
+        self._stream, self._make = stream, make
+        self._cached: tuple[Histories, F64] | None = None
+
+    def outcome(self, histories: Histories, knob: float) -> Outcome:
+        if self._cached is None or self._cached[0] is not histories:
+            self._cached = (histories, self._stream(histories, self.settings))
+        stream_B = self._cached[1]
+        alarm_B = np.zeros(len(histories), np.bool_)
+        monitored = 0
+        first = histories.first.tolist()
+        refractory = self.settings.refractory_events
+        for begin, end in itertools.pairwise(first):
+            detector = self._make(knob)
+            silent_until = begin + self.settings.age_min_events
+            for place, value in enumerate(stream_B[begin:end].tolist(), begin):
+                if place < silent_until:
+                    continue
+                monitored += 1
+                if value != value:  # NaN
+                    continue
+                detector.update(value)
+                if detector.drift_detected:
+                    alarm_B[place] = True
+                    detector = self._make(knob)
+                    silent_until = place + 1 + refractory
+        return Outcome(alarm_B=alarm_B, monitored=monitored)
+
+
+def _old_enough(histories: Histories, settings: ShiftSettings) -> BOOL:
+    return np.arange(len(histories)) - histories.first[histories.user] >= settings.age_min_events
+
+
+def ratio_stream(histories: Histories, settings: ShiftSettings) -> F64:
+    """Log-likelihood ratio of each event, population against the user's slow profile."""
+    rule = fixed_rule(by_session=False, threshold=_NEVER, drift=0.0, kappa=settings.kappa)
+    return run(histories, rule, settings).ratio_B.astype(np.float64)
+
+
+def surprisal_stream(histories: Histories, settings: ShiftSettings) -> F64:
+    """-log of the probability of each event under the user's slow profile."""
+    return ratio_stream(histories, settings) - np.log(histories.share)
+
+
+def session_stream(histories: Histories, settings: ShiftSettings) -> F64:
+    """At the last event of each session: its summed ratios over the square root of its distinct interests."""
+    rule = fixed_rule(by_session=True, threshold=_NEVER, drift=0.0, kappa=settings.kappa)
+    values = run(histories, rule, settings, features=True).features_BF[:, 0].astype(np.float64)
+    last = np.append(session_starts(histories, settings)[1:], len(histories)) - 1
+    stream = np.full(len(histories), np.nan)
+    stream[last] = values[last]
+    return stream
+
+
+def _squashed(stream: Callable[[Histories, ShiftSettings], F64]) -> Callable[[Histories, ShiftSettings], F64]:
+    """Into 0..1, for detectors that ask for it."""
+    return lambda histories, settings: 1.0 / (1.0 + np.exp(-stream(histories, settings)))
+
+
+class _Binary:
+    """HDDM_W takes numbers in 0..1 and is made with a confidence; a larger knob is a smaller confidence."""
+
+    def __init__(self, knob: float) -> None:
+        confident: Any = HDDMW  # its signature has no types
+        self._detector: Any = confident(drift_confidence=math.exp(-knob), warning_confidence=math.exp(-knob / 2))
+
+    def update(self, value: float) -> None:
+        self._detector.update(value)
+
+    @property
+    def drift_detected(self) -> bool:
+        return bool(self._detector.drift_detected)
+
+
+def river_detectors(settings: ShiftSettings, *, slow: bool = False) -> list[Detector]:
+    """The detectors of river on the three streams; `slow` adds KSWIN, a test of Kolmogorov and Smirnov an event."""
+
+    adaptive: Any = ADWIN  # its signature has no types
+
+    def adwin(knob: float) -> Any:
+        return adaptive(delta=min(1.0, math.exp(-knob)), grace_period=5, clock=1, min_window_length=3)
+
+    def page_hinkley(knob: float) -> Any:
+        return PageHinkley(min_instances=5, delta=0.1, threshold=knob, alpha=1 - 1e-4, mode="up")
+
+    def kswin(knob: float) -> Any:
+        return KSWIN(alpha=min(0.99, math.exp(-knob)), window_size=40, stat_size=15, seed=7)
+
+    streams = (("z", ratio_stream), ("surprisal", surprisal_stream), ("session", session_stream))
+    found: list[Detector] = []
+    for name, stream in streams:
+        found.append(StreamDetector(f"river_adwin_{name}", settings, stream, adwin, (0.02, 60.0)))
+        found.append(StreamDetector(f"river_pagehinkley_{name}", settings, stream, page_hinkley, (0.1, 3_000.0)))
+    found.append(StreamDetector("river_hddm_w_z", settings, _squashed(ratio_stream), _Binary, (0.05, 200.0)))
+    if slow:
+        found.append(StreamDetector("river_kswin_z", settings, ratio_stream, kswin, (0.05, 100.0)))
+    return found
+
+
+def frozen_detector(rule: Rule, settings: ShiftSettings) -> RuleDetector:
+    """Our fixed rule on a slow profile that stops learning once evidence is gathered."""
+    return RuleDetector("frozen", rule, msgspec.structs.replace(settings, hold_share=-1e9))
+
+
+def set_knob(detector: Detector, histories: Histories, false_alarm_events: float, *, rounds: int = 12) -> float:
+    """The setting at which the histories' own order raises at most one alarm in `false_alarm_events`."""
+    low, high = (math.log(k) for k in detector.knobs)
+    for _ in range(rounds):
+        middle = (low + high) / 2.0
+        found = detector.outcome(histories, math.exp(middle))
+        few = found.monitored >= int(found.alarm_B.sum()) * false_alarm_events
+        low, high = (low, middle) if few else (middle, high)
+    return math.exp(high)

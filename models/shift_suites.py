@@ -1,0 +1,528 @@
+"""What a detector of interest shifts is worth: suites on real histories, made shifts, synthetic ones and labels.
+
+Beside the way of an event: `driftline evaluate-shifts` (stream/shift_evaluation.py) runs these. Rules are fitted,
+chosen and calibrated on one half of the users and everything here is measured on the other. For S0 the thresholds are
+those of the first half; for the other suites every detector's knob is set so that the real order of the reported users
+raises the same rate of alarms, or delays could not be compared.
+
+    S0  real order: requested against measured rate          S4  one interest surges for everybody
+    S1  splices: one user's history, then another's          S5  labelled blocks of masqueraders
+    S2  partial and gradual splices                          S6  splices by age of the user at the shift
+    S3  synthetic users with planted shifts                  S7  do natural alarms foretell the next 30 events?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from models.features import I64, U32
+from models.shift import GroupTable, Reason, ShiftSettings, reasons
+from models.shift_baselines import (
+    Detector,
+    DummyDetector,
+    RuleDetector,
+    frozen_detector,
+    river_detectors,
+    set_knob,
+)
+from models.shift_calibration import Histories, Splices, calibrate, columns, delays, run, splice
+from models.shift_planted import Planted, planted, softened
+from models.shift_rule import fixed_rule
+
+F64 = npt.NDArray[np.float64]
+BOOL = npt.NDArray[np.bool_]
+
+WITHIN = 20  # events
+NEXT = 30  # events that a natural alarm is judged by
+_RESAMPLES = 200
+_AGES = (60, 120, 240, 480)  # events; strata of S6
+_STRATUM_SPLICES = 20  # a stratum with fewer made shifts is left out
+_ONSET_EVENTS = 10  # events since the onset for detectors that estimate none
+_UNLEARNED_EVENTS = 25  # an onset before it is an unlearned profile, not a shift
+_RANDOM_MOMENTS = 5  # beside each natural alarm
+_SPLICES_MAX = 3_000
+_FEW_USERS = 40  # with fewer, each is spliced more often
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the result: a suite, a detector, a requested rate. Shares are 0..1; None: no such figure.
+
+    Attributes:
+        measured_arl0: monitored events for each alarm in real order.
+        within_20: share of made shifts found within 20 events.
+        missed: share not found within `missed_window` events.
+        alerts: how many alarms a figure is about.
+        early_onsets: share of natural alarms whose onset lies before the user's event 25.
+        mean_delay, f1: of the made shifts that were found; a shift is a hit if found within the window, an alarm
+            before it a false one.
+        ages: the figures of made shifts by age of the user.
+        delays: events to the alarm for each made shift, inf where there was none.
+    """
+
+    suite: str
+    detector: str
+    requested_arl0: float
+    measured_arl0: float | None = None
+    expected_alarms: float | None = None
+    median_delay: float | None = None
+    within_20: float | None = None
+    missed: float | None = None
+    missed_window: int | None = None
+    auc: float | None = None
+    hits_at_1_3: float | None = None
+    hits_at_6_7: float | None = None
+    confirmed: float | None = None
+    confirmed_random: float | None = None
+    onset_error: float | None = None
+    gained_hit_3: float | None = None
+    lost_hit_3: float | None = None
+    scope_accuracy: float | None = None
+    ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
+    splices: int | None = None
+    alerts: int | None = None
+    early_onsets: float | None = None
+    alerted_share: float | None = None
+    mean_delay: float | None = None
+    f1: float | None = None
+    ages: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    delays: F64 | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """What is studied.
+
+    Attributes:
+        tuned, reported: the two halves of the users; the same where all users are reported.
+        reported_users: the reported users' numbers among all.
+        window: events after which a made shift counts as missed.
+    """
+
+    tuned: Histories
+    reported: Histories
+    reported_users: I64
+    settings: ShiftSettings
+    false_alarm_events: float
+    window: int
+    seed: int
+
+
+def histories_of(user: I64, interest: U32, time_ms: I64) -> Histories:
+    """User by user, each in order; an interest's share is taken over all OTHER users."""
+    order = np.lexsort((np.arange(len(user)), time_ms, user))
+    user, interest, time_ms = user[order], interest[order], time_ms[order]
+    _, row, count = np.unique(interest, return_inverse=True, return_counts=True)
+    _, user = np.unique(user, return_inverse=True)
+    pair = user.astype(np.int64) * len(count) + row
+    _, pair_row, pair_count = np.unique(pair, return_inverse=True, return_counts=True)
+    own = np.bincount(user)[user]
+    others = count[row] - pair_count[pair_row]
+    share = (others + 0.5) / (len(user) - own + 0.5 * (len(count) + 1_000))
+    return Histories(user=user.astype(np.int64), interest=interest, time_ms=time_ms, share=share)
+
+
+def our_detectors(study: Study) -> list[RuleDetector]:
+    """Our rules, each made from the tuned half alone and calibrated on it."""
+    settings = replace_settings(study.settings, false_alarm_events=study.false_alarm_events)
+    forms: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("driftline", {}),
+        ("driftline_event", {"evidence": "event", "statistic": "fixed"}),
+        ("driftline_session", {"evidence": "session", "statistic": "fixed"}),
+        ("driftline_learned", {"statistic": "learned"}),
+    )
+    found = []
+    for name, form in forms:
+        own = replace_settings(settings, **form)
+        rule = calibrate(study.tuned, own, np.random.default_rng(study.seed))
+        found.append(RuleDetector(name, rule, own))
+    return found
+
+
+def replace_settings(settings: ShiftSettings, **changes: Any) -> ShiftSettings:
+    """The same settings with some changed."""
+    return msgspec.structs.replace(settings, **changes)
+
+
+def detectors(study: Study, *, slow: bool = False) -> list[Detector]:
+    """Ours and all baselines."""
+    ours = our_detectors(study)
+    unit = ours[0].rule.by_session
+    settings = study.settings
+    plain = fixed_rule(by_session=unit, threshold=7.0, drift=settings.drift, kappa=settings.kappa)
+    return [*ours, frozen_detector(plain, settings), DummyDetector(settings), *river_detectors(settings, slow=slow)]
+
+
+# ---------------------------------------------------------------------- S0
+
+
+def rate_row(study: Study, detector: Detector, knob: float, suite: str = "S0") -> Row:
+    """The rate in real order, with a Poisson interval."""
+    found = detector.outcome(study.reported, knob)
+    alarms = int(found.alarm_B.sum())
+    low, high = _poisson_interval(alarms)
+    return Row(
+        suite=suite,
+        detector=detector.name,
+        requested_arl0=study.false_alarm_events,
+        measured_arl0=found.monitored / alarms if alarms else None,
+        expected_alarms=found.monitored / study.false_alarm_events,
+        alerts=alarms,
+        ci95={"measured_arl0": (found.monitored / high, found.monitored / low if low else math.inf)},
+    )
+
+
+def _poisson_interval(count: int) -> tuple[float, float]:
+    """95 % interval of a Poisson mean by the Wilson-Hilferty approximation of the chi-square quantiles."""
+
+    def quantile(k: float, z: float) -> float:
+        return k * (1.0 - 1.0 / (9.0 * k) + z / (3.0 * math.sqrt(k))) ** 3 if k > 0 else 0.0
+
+    return quantile(count, -1.96), quantile(count + 1.0, 1.96)
+
+
+# ---------------------------------------------------------------------- S1, S2, S6
+
+
+def delay_row(study: Study, detector: Detector, knob: float, made: Splices, suite: str, *, ages: bool = False) -> Row:
+    """Delays on made shifts, with intervals by bootstrap over users; with `ages` every age counts the same."""
+    found = detector.outcome(made.runs, knob)
+    delay, counts = delays(made, found.alarm_B, study.settings.refractory_events)
+    before = np.arange(len(made.runs)) - made.runs.first[made.runs.user] < made.at[made.runs.user]
+    false_alarms = int((found.alarm_B & before).sum())
+    delay, owner, at = delay[counts], made.owner[counts], made.at[counts]
+    if not len(delay):
+        return Row(suite=suite, detector=detector.name, requested_arl0=study.false_alarm_events, splices=0)
+    stratum = np.searchsorted(_AGES, at, side="right")
+    weight = np.ones(len(delay))
+    if ages:
+        kept = np.bincount(stratum, minlength=len(_AGES) + 1)
+        weight = np.where(kept[stratum] >= _STRATUM_SPLICES, 1.0 / kept[stratum], 0.0)
+    figures = _delay_figures(delay, weight, study.window)
+    hits = int((delay <= study.window).sum())
+    return Row(
+        suite=suite,
+        detector=detector.name,
+        requested_arl0=study.false_alarm_events,
+        median_delay=figures[0] if math.isfinite(figures[0]) else None,
+        within_20=figures[1],
+        missed=figures[2],
+        missed_window=study.window,
+        splices=len(delay),
+        ci95=_bootstrap(delay, weight, owner, study),
+        mean_delay=float(delay[delay <= study.window].mean()) if hits else None,
+        f1=2.0 * hits / (hits + false_alarms + len(delay)),
+        ages={
+            _age_name(s): _delay_figures(delay[stratum == s], weight[stratum == s], study.window)
+            for s in np.unique(stratum[weight > 0]).tolist()
+        }
+        if ages
+        else {},
+        delays=delay,
+    )
+
+
+def _age_name(stratum: int) -> str:
+    low = _AGES[stratum - 1] if stratum else 0
+    return f"{low}-{_AGES[stratum]}" if stratum < len(_AGES) else f"{low} and more"
+
+
+def _delay_figures(delay: F64, weight: F64, window: int) -> tuple[float, float, float]:
+    """(weighted median, inf where beyond the window; share within 20; share missed)."""
+    total = float(weight.sum())
+    if not total:
+        return math.inf, 0.0, 1.0
+    order = np.argsort(delay, kind="stable")
+    middle = order[min(len(order) - 1, int(np.searchsorted(np.cumsum(weight[order]), 0.5 * total)))]
+    median = float(delay[middle]) if delay[middle] <= window else math.inf
+    within, missed = float(weight @ (delay <= WITHIN)) / total, float(weight @ (delay > window)) / total
+    return median, within, missed
+
+
+def _bootstrap(delay: F64, weight: F64, owner: I64, study: Study) -> dict[str, tuple[float, float]]:
+    drawn = [_delay_figures(delay[chosen], weight[chosen], study.window) for chosen in _resampled(owner, study.seed)]
+    low, high = np.percentile(np.array(drawn), [2.5, 97.5], axis=0, method="nearest")
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(("median_delay", "within_20", "missed"))}
+
+
+def _resampled(owner: I64, seed: int) -> Iterator[I64]:
+    """Places of all that belongs to users drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    _, row = np.unique(owner, return_inverse=True)
+    order = np.argsort(row, kind="stable")
+    places = np.split(order, np.cumsum(np.bincount(row))[:-1]) if len(row) else []
+    for _ in range(_RESAMPLES if places else 0):
+        yield np.concatenate([places[i] for i in rng.integers(0, len(places), len(places))])
+
+
+def made_shifts(study: Study, *, per_user: int = 3) -> Splices:
+    """Splices of the reported users."""
+    per_user = max(1, min(per_user, _SPLICES_MAX // max(1, study.reported.users) + 1))
+    if study.reported.users < _FEW_USERS:
+        per_user = 20
+    after = study.settings.age_min_events + 10
+    return splice(
+        study.reported,
+        study.settings,
+        np.random.default_rng(study.seed + 1),
+        per_user=per_user,
+        window=study.window,
+        after=after,
+    )
+
+
+# ---------------------------------------------------------------------- S3
+
+
+def planted_row(study: Study, detector: Detector, knob: float, truth: Planted) -> Row:
+    """S3: delay, error of the onset, and whether the named interests are those of the planted change."""
+    made = truth.made
+    row = delay_row(replace(study, window=made.window), detector, knob, made, "S3")
+    if not isinstance(detector, RuleDetector):
+        return row
+    done = run(made.runs, detector.at(knob), detector.settings)
+    events = columns(made.runs.user, made.runs.interest, made.runs.time_ms)
+    said = {r.event: r for r in reasons(done, events, GroupTable(detector.settings), detector.settings)}
+    first = made.runs.first
+    errors, gained, lost = [], [], []
+    seen: set[int] = set()
+    for place in done.alarmed.event_E.tolist():
+        user = int(made.runs.user[place])
+        since = place - int(first[user]) - int(made.at[user])
+        if since < 0 or since >= made.window or user in seen:
+            continue
+        seen.add(user)
+        errors.append(abs(since + 1 - int(done.onset_events_B[place])))
+        gained.append(bool(truth.after[user] & {key for key, _ in said[place].gained[:3]}))
+        lost.append(bool(truth.before[user] & {key for key, _ in said[place].lost[:3]}))
+    if not errors:
+        return row
+    return replace(
+        row,
+        onset_error=float(np.median(errors)),
+        gained_hit_3=float(np.mean(gained)),
+        lost_hit_3=float(np.mean(lost)),
+        alerts=len(errors),
+    )
+
+
+# ---------------------------------------------------------------------- S5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """Blocks of users' events that are known to be their own or somebody else's.
+
+    Attributes:
+        users: whole histories of the users that are reported on, labelled parts included.
+        user_K, first_K: each block's user in `users` and where it begins in that user's history.
+        masquerader_K: whether it is somebody else's.
+        block: events in a block.
+    """
+
+    users: Histories
+    user_K: I64
+    first_K: I64
+    masquerader_K: BOOL
+    block: int
+
+
+def labelled_row(study: Study, detector: RuleDetector, labels: Labels) -> Row:
+    """S5: how well the largest evidence in each block tells somebody else's blocks from the user's own."""
+    low = min(detector.rule.thresholds)
+    never = 1e9 / low  # no alarm: the evidence goes on; the profile is held as if the thresholds were in force
+    settings = replace_settings(detector.settings, hold_share=detector.settings.hold_share / never)
+    done = run(labels.users, detector.at(never), settings)
+    place_K = labels.users.first[labels.user_K] + labels.first_K
+    score_K = np.array([done.evidence_B[place : place + labels.block].max() for place in place_K.tolist()])
+    positive, negative = score_K[labels.masquerader_K], score_K[~labels.masquerader_K]
+
+    def figures(positive: F64, negative: F64) -> tuple[float, float, float]:
+        calm = np.sort(negative)
+        below = (np.searchsorted(calm, positive, "left") + np.searchsorted(calm, positive, "right")) / 2.0
+        at = [calm[min(len(calm) - 1, int(len(calm) * (1.0 - share)))] for share in (0.013, 0.067)]
+        return float(below.mean() / len(calm)), float(np.mean(positive > at[0])), float(np.mean(positive > at[1]))
+
+    auc, at_1_3, at_6_7 = figures(positive, negative)
+    drawn = []
+    for chosen in _resampled(labels.user_K, study.seed):
+        theirs = labels.masquerader_K[chosen]
+        if theirs.any() and not theirs.all():
+            drawn.append(figures(score_K[chosen][theirs], score_K[chosen][~theirs]))
+    low_3, high_3 = np.percentile(np.array(drawn), [2.5, 97.5], axis=0)
+    names = ("auc", "hits_at_1.3", "hits_at_6.7")
+    return Row(
+        suite="S5",
+        detector=detector.name,
+        requested_arl0=study.false_alarm_events,
+        auc=auc,
+        hits_at_1_3=at_1_3,
+        hits_at_6_7=at_6_7,
+        splices=len(positive),
+        ci95={name: (float(low_3[i]), float(high_3[i])) for i, name in enumerate(names)},
+    )
+
+
+# ---------------------------------------------------------------------- S7
+
+
+def meaning_row(study: Study, detector: Detector, knob: float) -> Row:
+    """S7: do the events since an alarm's onset foretell the next ones better than those before it?
+
+    Beside it the same at random moments of the same users with as many events since a made-up onset.
+    """
+    users = study.reported
+    found = detector.outcome(users, knob)
+    first, rng = users.first, np.random.default_rng(study.seed + 3)
+    real, random, owner, early = [], [], [], []
+    for place in np.flatnonzero(found.alarm_B).tolist():
+        begin, end = int(first[users.user[place]]), int(first[users.user[place] + 1])
+        since = int(found.onset_events_B[place]) if found.onset_events_B is not None else _ONSET_EVENTS
+        early.append(place + 1 - since - begin < _UNLEARNED_EVENTS)
+        since = max(3, since)
+        said = foretells(users, begin, place + 1 - since, place + 1, end)
+        beside = [
+            other
+            for moment in rng.integers(begin + study.settings.age_min_events, end, _RANDOM_MOMENTS).tolist()
+            if (other := foretells(users, begin, moment + 1 - since, moment + 1, end)) is not None
+        ]
+        if said is not None and beside:
+            real.append(float(said))
+            random.append(float(np.mean(beside)))
+            owner.append(int(users.user[place]))
+    row = Row(
+        suite="S7",
+        detector=detector.name,
+        requested_arl0=study.false_alarm_events,
+        alerts=len(real),
+        early_onsets=float(np.mean(early)) if early else None,
+    )
+    if not real:
+        return row
+    real_A, random_A = np.array(real), np.array(random)
+    gains = [float((real_A - random_A)[chosen].mean()) for chosen in _resampled(np.array(owner), study.seed)]
+    return replace(
+        row,
+        confirmed=float(real_A.mean()),
+        confirmed_random=float(random_A.mean()),
+        ci95={"confirmed_minus_random": (float(np.percentile(gains, 2.5)), float(np.percentile(gains, 97.5)))},
+    )
+
+
+def foretells(users: Histories, begin: int, onset: int, now: int, end: int) -> bool | None:
+    """Whether events onset..now give the next NEXT ones more probability than events begin..onset; None: too few."""
+    following = slice(now, min(end, now + NEXT))
+    if onset - begin < 5 or following.stop - following.start < 10:
+        return None
+    gain = 0.0
+    for interest, share in zip(users.interest[following].tolist(), users.share[following].tolist(), strict=True):
+        logs = []
+        for part in (users.interest[begin:onset], users.interest[onset:now]):
+            logs.append(math.log((float((part == interest).sum()) + 5.0 * share) / (len(part) + 5.0)))
+        gain += logs[1] - logs[0]
+    return gain > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Told:
+    """A natural alarm with what came before and after it; places are indices of events in `histories`."""
+
+    histories: Histories
+    user: int  # among all users of the study's file
+    begin: int
+    onset: int
+    place: int
+    end: int
+    reason: Reason
+    confirmed: bool | None
+
+
+def natural_alerts(study: Study, count: int) -> list[Told]:
+    """Alarms of our detector on the reported users' real order, drawn at random."""
+    detector = our_detectors(study)[0]
+    users = study.reported
+    done = run(users, detector.rule, detector.settings)
+    events = columns(users.user, users.interest, users.time_ms)
+    said = reasons(done, events, GroupTable(detector.settings), detector.settings)
+    drawn = np.random.default_rng(study.seed + 5).permutation(len(said))[:count]
+    first = users.first
+    told = []
+    for reason in (said[i] for i in sorted(drawn.tolist())):
+        place = reason.event
+        begin, end = int(first[users.user[place]]), int(first[users.user[place] + 1])
+        onset = place + 1 - max(1, reason.onset_events)
+        told.append(
+            Told(
+                histories=users,
+                user=int(study.reported_users[users.user[place]]),
+                begin=begin,
+                onset=onset,
+                place=place,
+                end=end,
+                reason=reason,
+                confirmed=foretells(users, begin, min(onset, place - 2), place + 1, end),
+            )
+        )
+    return told
+
+
+# ---------------------------------------------------------------------- all
+
+
+SUITES = ("S0", "S1", "S2", "S3", "S5", "S6", "S7")
+
+
+def study_rows(
+    study: Study, suites: Sequence[str], labels: Labels | None, on_progress: Callable[[str, int, int], None]
+) -> Iterator[Row]:
+    """All rows of the suites, one detector after the other.
+
+    Raises:
+        ValueError: too few users with a history.
+    """
+    on_progress("fitting and calibrating our own rules", 0, 1)
+    found = detectors(study)
+    made = made_shifts(study)
+    soft = softened(made, study.settings, study.seed + 4) if "S2" in suites else made
+    truth = planted(study.reported, study.seed + 2) if "S3" in suites else None
+    for done, detector in enumerate(found):
+        on_progress(detector.name, done, len(found))
+        if "S0" in suites:
+            ours = isinstance(detector, RuleDetector) and detector.name != "frozen"
+            yield rate_row(study, detector, 1.0 if ours else set_knob(detector, study.tuned, study.false_alarm_events))
+        if {"S1", "S2", "S3", "S6", "S7"} & set(suites):
+            knob = set_knob(detector, study.reported, study.false_alarm_events)
+            measured = rate_row(study, detector, knob)
+            for row in _matched_rows(study, detector, knob, made, soft, truth, suites):
+                yield replace(row, measured_arl0=measured.measured_arl0, expected_alarms=measured.expected_alarms)
+        if labels is not None and "S5" in suites and isinstance(detector, RuleDetector):
+            yield labelled_row(study, detector, labels)
+
+
+def _matched_rows(
+    study: Study,
+    detector: Detector,
+    knob: float,
+    made: Splices,
+    soft: Splices,
+    truth: Planted | None,
+    suites: Sequence[str],
+) -> Iterator[Row]:
+    """The suites in which every detector's knob is set to the same rate."""
+    if "S1" in suites:
+        yield delay_row(study, detector, knob, made, "S1")
+    if "S2" in suites:
+        yield delay_row(study, detector, knob, soft, "S2")
+    if truth is not None:
+        yield planted_row(study, detector, knob, truth)
+    if "S6" in suites:
+        yield delay_row(study, detector, knob, made, "S6", ages=True)
+    if "S7" in suites:
+        yield meaning_row(study, detector, knob)
