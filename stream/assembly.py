@@ -19,6 +19,7 @@ from stream.checkpoint import TopicNames
 from stream.config import Config, topic_names
 from stream.errors import ConfigError, Corrupt, Retryable
 from stream.events import EventDecoder
+from stream.start import EARLIEST, Start
 from stream.transport import TopicSpec, Transport
 from stream.weights import WeightsFeed
 from stream.worker import Observer, Worker, WorkerParts
@@ -214,7 +215,7 @@ class WeightsSwap:
         self._feed.close()
 
 
-def make_worker(config: Config, transport: Transport, observer: Observer, *, reset: str = "earliest") -> Worker:
+def make_worker(config: Config, transport: Transport, observer: Observer, *, start: Start = EARLIEST) -> Worker:
     """A worker on an open log; its topics have been checked."""
     pipeline = make_pipeline(config)
     names = names_of(config)
@@ -233,13 +234,13 @@ def make_worker(config: Config, transport: Transport, observer: Observer, *, res
             clock=time.monotonic,
             sleep=time.sleep,
             nonce=lambda: os.urandom(16),
-            reset=reset,
+            start=start,
         )
     )
 
 
 def make_learner(
-    config: Config, transport: Transport, observer: LearnerObserver, stop: threading.Event, *, reset: str = "earliest"
+    config: Config, transport: Transport, observer: LearnerObserver, stop: threading.Event, *, start: Start = EARLIEST
 ) -> LearnerLoop:
     """A learner on an open log; its topics have been checked.
 
@@ -284,7 +285,7 @@ def make_learner(
         clock=time.monotonic,
         sleep=stop.wait,
         nonce=lambda: os.urandom(16).hex(),
-        reset=reset,
+        start=start,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from stream.errors import ConfigError
+from stream.errors import LostPosition
 from stream.transport import TopicPartition
 
 
@@ -26,7 +26,7 @@ def reset_position(reset: str, partition: TopicPartition, position: int, head: i
     """Where to read when there is no position (-1), or it was deleted or never existed.
 
     Raises:
-        ConfigError: the rule is `none`: somebody must decide.
+        LostPosition: the rule is `none`: somebody must decide.
     """
     if reset == "earliest":
         return head
@@ -34,7 +34,7 @@ def reset_position(reset: str, partition: TopicPartition, position: int, head: i
         return end
     where = f"{partition.topic}-{partition.partition}"
     what = f"position {position} of {where} is not there any more" if position >= 0 else f"no position for {where}"
-    raise ConfigError(f"{what} (the log holds {head} to {end}); set reset to earliest or latest to go on from there")
+    raise LostPosition(f"{what} (the log holds {head} to {end}); set reset to earliest or latest to go on from there")
 
 
 def assign(members: Iterable[str], numbers: Sequence[int], owners: Mapping[int, str]) -> dict[int, str]:

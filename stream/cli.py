@@ -32,6 +32,7 @@ from stream.options import (
     SepOption,
     SetOption,
     SortOption,
+    StartOption,
     TransportOption,
     UnitOption,
     command,
@@ -50,6 +51,7 @@ from stream.process import (
 if TYPE_CHECKING:
     from stream.config import Config
     from stream.replay import Clocks
+    from stream.start import Start
     from stream.transport import Transport
 
 EXIT_CODES: dict[type[DriftlineError], int] = {ConfigError: 2, Fenced: 3, Corrupt: 4, Retryable: 5, DriftlineError: 1}
@@ -85,7 +87,7 @@ def run(
     given: Given,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes, slots 0, 1, ...")] = 1,
     learner: Annotated[bool, typer.Option(help="Start a learner too.")] = True,
-    reset: Annotated[str, typer.Option(metavar="earliest|latest", help="Where a new application begins.")] = "earliest",
+    start: StartOption = "earliest",
 ) -> None:
     """Start workers and a learner, each a process of its own, and keep them alive until Ctrl-C.
 
@@ -94,14 +96,15 @@ def run(
     from stream.supervise import supervise
 
     config = given.load().config
+    begin = str(_start(start))  # an age becomes one moment for all
     log_to(config.app, "run")
     with _opened(config) as transport:
         _prepare_topics(transport, config)
     children = [
-        child(given, "worker", f"worker {slot}", "--slot", str(slot), "--reset", reset) for slot in range(workers)
+        child(given, "worker", f"worker {slot}", "--slot", str(slot), "--from", begin) for slot in range(workers)
     ]
     if learner:
-        children.append(child(given, "learner", "learner", "--reset", reset))
+        children.append(child(given, "learner", "learner", "--from", begin))
     stop = stop_on_signals()
     code = supervise(children, stop, stop_s=config.worker.shutdown_s + 5)
     raise typer.Exit(clean_code(code, stop.is_set()))
@@ -111,7 +114,7 @@ def run(
 def worker(
     given: Given,
     slot: Annotated[str | None, typer.Option(help="This worker's own name; worker.slot.")] = None,
-    reset: Annotated[str, typer.Option(metavar="earliest|latest", help="Where a new application begins.")] = "earliest",
+    start: StartOption = "earliest",
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """One worker: events in; forecasts, alerts and states out.
@@ -131,7 +134,7 @@ def worker(
         _prepare_topics(transport, config)
         warm_up(config)
         stop = stop_on_signals(config.worker.shutdown_s, parent)
-        made = make_worker(config, transport, WorkerMetrics(registry, health), reset=_reset(reset))
+        made = make_worker(config, transport, WorkerMetrics(registry, health), start=_start(start))
         server = None
         try:
             if config.worker.metrics_port:
@@ -145,7 +148,7 @@ def worker(
 @command(app)
 def learner(
     given: Given,
-    reset: Annotated[str, typer.Option(metavar="earliest|latest", help="Where a new application begins.")] = "earliest",
+    start: StartOption = "earliest",
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """The learner: events in, weights out. On a GPU where there is one.
@@ -163,7 +166,7 @@ def learner(
     with _opened(config) as transport:
         _prepare_topics(transport, config)
         stop = stop_on_signals(config.worker.shutdown_s, parent)
-        made = make_learner(config, transport, LearnerMetrics(registry, health), stop, reset=_reset(reset))
+        made = make_learner(config, transport, LearnerMetrics(registry, health), stop, start=_start(start))
         server = None
         try:
             if config.learner.metrics_port:
@@ -688,10 +691,10 @@ def _partitions_of(transport: Transport, topic: str) -> int:
     return there.partitions
 
 
-def _reset(name: str) -> str:
-    if name not in ("earliest", "latest"):
-        raise ConfigError(f"--reset {name}: say earliest or latest")
-    return name
+def _start(text: str) -> Start:
+    from stream.start import parse_start
+
+    return parse_start(text, int(time.time() * 1_000))
 
 
 def _clocks() -> Clocks:

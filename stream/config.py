@@ -183,6 +183,13 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     restore_timeout_s: Annotated[
         float, Meta(description="a restore of a partition that takes longer is an error, seconds", gt=0)
     ] = 600.0
+    lost_positions: Annotated[
+        Literal["stop", "earliest", "latest"],
+        Meta(
+            description="when retention deleted records before they were read: stop, or go on with the oldest that "
+            "is left (earliest) or the newest (latest), counted and logged"
+        ),
+    ] = "stop"
     shutdown_s: Annotated[float, Meta(description="deadline for a clean stop, seconds", gt=0, le=600)] = 20.0
     metrics_host: Annotated[str, Meta(description="address of /metrics, /healthz and /readyz", min_length=1)] = (
         "127.0.0.1"

@@ -124,6 +124,9 @@ class EmbeddedReader:
     def bounds(self, partition: TopicPartition) -> tuple[int, int]:
         return self._partitions.bounds(partition)
 
+    def offset_at(self, partition: TopicPartition, timestamp_ms: int) -> int:
+        return self._partitions.offset_at(partition, timestamp_ms)
+
     def close(self) -> None:
         self._file.close()
 

@@ -45,6 +45,16 @@ class Partitions:
             head, end = self._file.db.execute(query, (self.id(*partition),)).fetchone()
         return head, end
 
+    def offset_at(self, partition: TopicPartition, timestamp_ms: int) -> int:
+        """The first record of this timestamp or a later one, by a walk through the partition; else its end."""
+        base = self.id(*partition) << OFFSET_BITS
+        query = (
+            f"SELECT id & {OFFSET_MASK} FROM records WHERE id BETWEEN ? AND ? AND timestamp >= ? ORDER BY id LIMIT 1"
+        )
+        with self._file.translated():
+            row = self._file.db.execute(query, (base, base | OFFSET_MASK, timestamp_ms)).fetchone()
+        return int(row[0]) if row else self.bounds(partition)[1]
+
     def read(self, partition: TopicPartition, offset: int, records_max: int) -> list[LogRecord]:
         """Records from `offset` on, up to `records_max` of them or about `READ_BYTES_MAX` bytes."""
         base = self.id(*partition) << OFFSET_BITS

@@ -7,6 +7,7 @@
 | Rebalanced | drops the attempt, keeps its producer after an abort and polls for its new share |
 | Fenced | stops clean: another process owns this slot or partition now |
 | Corrupt | stops and writes nothing: what is stored cannot be trusted |
+| LostPosition | stops like a ConfigError, or goes on where worker.lost_positions says |
 | ConfigError | exits with 2 before anything starts; the message names the key and what to do |
 """
 
@@ -41,3 +42,7 @@ class Corrupt(DriftlineError):
 
 class ConfigError(DriftlineError):
     """The configuration, the topics or the arguments cannot work; says which key and what to do about it."""
+
+
+class LostPosition(ConfigError):
+    """The position to read on from is not in the log any more: retention was faster, or the topic was made anew."""

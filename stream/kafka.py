@@ -180,6 +180,13 @@ class KafkaReader:
             end = self._client.end_offsets(place, timeout_ms=_ADMIN_TIMEOUT_MS)[place[0]]
         return head, end
 
+    def offset_at(self, partition: TopicPartition, timestamp_ms: int) -> int:
+        self._topics.check(*partition)
+        place = ClientPartition(*partition)
+        with translating(f"offsets by time of {partition.topic}-{partition.partition}"):
+            found = self._client.offsets_for_times({place: timestamp_ms}, timeout_ms=_ADMIN_TIMEOUT_MS)[place]
+        return self.bounds(partition)[1] if found is None else int(found.offset)
+
     def close(self) -> None:
         self._client.close(autocommit=False, timeout_ms=2_000)
 

@@ -25,7 +25,7 @@ from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment, Consume
 from kafka.structs import TopicPartition as ClientPartition
 
 from stream.assignment import assign, reset_position
-from stream.errors import ConfigError
+from stream.errors import ConfigError, LostPosition
 from stream.kafka_client import ConnectionSettings, Topics, translating
 from stream.transport import Polled, Position, Record, TopicPartition
 
@@ -222,7 +222,7 @@ class KafkaConsumer:
         try:
             records = self._client.poll(timeout_ms=timeout_s * 1000, max_records=max_records)
         except kafka_errors.OffsetOutOfRangeError as error:
-            raise ConfigError(
+            raise LostPosition(
                 f"a position of group {self._group!r} is not in the log any more ({error.args[-1]}); "
                 "set reset to earliest or latest to go on from there"
             ) from error

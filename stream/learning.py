@@ -20,8 +20,9 @@ import msgspec
 
 from stream import weights
 from stream.checkpoint import TopicNames
-from stream.errors import ConfigError, Rebalanced, Retryable
+from stream.errors import ConfigError, LostPosition, Rebalanced, Retryable
 from stream.events import Decoded, EventDecoder
+from stream.start import EARLIEST, Start
 from stream.transport import GroupConsumer, LogReader, Position, Producer, Record, TopicPartition, Transport
 
 log = logging.getLogger(__name__)
@@ -104,12 +105,12 @@ class LearnerLoop:
         clock: Callable[[], float],
         sleep: Callable[[float], object],
         nonce: Callable[[], str],
-        reset: str = "earliest",
+        start: Start = EARLIEST,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._transport, self._topics, self._pace, self._decoder = transport, topics, pace, decoder
         self._fresh, self._restore, self._observer = fresh, restore, observer
-        self._clock, self._sleep, self._nonce, self._reset, self._on_step = clock, sleep, nonce, reset, on_step
+        self._clock, self._sleep, self._nonce, self._start, self._on_step = clock, sleep, nonce, start, on_step
         self._id = f"{app}.learner"
         self._failures = 0
         self._positions: dict[TopicPartition, int] = {}
@@ -118,7 +119,7 @@ class LearnerLoop:
         self._next_lag_s = 0.0
         self._lag_records = 0
         self._producer: Producer = transport.producer(transactional_id=self._id)
-        self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset=reset)
+        self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset="none")
         self._feed = weights.WeightsFeed(transport.reader(), topics.weights, kinds=weights.KINDS)
         self._snapshots: list[weights.Snapshot] = []
         self._group: object = None
@@ -189,7 +190,13 @@ class LearnerLoop:
         )
 
     def _read(self) -> bool:
-        polled = self._consumer.poll(self._pace.poll_timeout_s, self._pace.batch_events_max)
+        try:
+            polled = self._consumer.poll(self._pace.poll_timeout_s, self._pace.batch_events_max)
+        except LostPosition as error:
+            self._observer.event("position_lost", error=str(error))
+            for tp in list(self._positions):
+                self._place(tp, self._positions[tp])
+            return True
         self._group = polled.group
         if polled.revoked:
             # What was learned from them since the last version is in the model already: only a restart from the
@@ -293,16 +300,25 @@ class LearnerLoop:
         if position is not None:
             self._check(position, tp)
             self._rebuild(tp, position.offset)
-        if offset is None:
-            reader = self._transport.reader()
-            try:
-                first, end = reader.bounds(tp)
-            finally:
-                reader.close()
-            offset = end if self._reset == "latest" else first
+        self._place(tp, offset)
+        self._consumer.resume([tp])
+
+    def _place(self, tp: TopicPartition, offset: int | None) -> None:
+        """Read on from a position, or from where a new application begins; records that are gone are passed over."""
+        reader = self._transport.reader()
+        try:
+            first, end = reader.bounds(tp)
+            if offset is None:
+                offset = self._start.offset(reader, tp)
+        finally:
+            reader.close()
+        if not first <= offset <= end:
+            where = f"{tp.topic}-{tp.partition}"
+            self._observer.event("records_passed_over", partition=where, records=max(0, first - offset))
+            self._dirty = True
+            offset = first
         self._positions[tp] = offset
         self._consumer.seek(tp, offset)
-        self._consumer.resume([tp])
 
     def _committed(self, tp: TopicPartition) -> Position | None:
         return self._consumer.committed([tp])[tp]
@@ -362,6 +378,6 @@ class LearnerLoop:
             self._producer.close()
             self._publishing = False
             self._producer = self._transport.producer(transactional_id=self._id)
-        self._consumer = self._transport.consumer(group=self._id, topics=self._topics.events, reset=self._reset)
+        self._consumer = self._transport.consumer(group=self._id, topics=self._topics.events, reset="none")
         self._feed = weights.WeightsFeed(self._transport.reader(), self._topics.weights, kinds=weights.KINDS)
         self.model = self._load()

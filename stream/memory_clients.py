@@ -296,6 +296,11 @@ class MemoryReader:
             log = self._log.log(partition)
             return log.head, log.stable_end
 
+    def offset_at(self, partition: TopicPartition, timestamp_ms: int) -> int:
+        with self._log.lock:
+            log = self._log.log(partition)
+            return next((r.offset for r in log.visible if r.timestamp >= timestamp_ms), log.stable_end)
+
     def close(self) -> None:
         """Nothing to give back."""
 

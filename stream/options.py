@@ -111,5 +111,13 @@ SepOption = Annotated[str | None, typer.Option("--sep", help="Of the columns; fo
 UnitOption = Annotated[
     str | None, typer.Option("--time-unit", metavar="s|ms|iso|PATTERN|order", help="Found out when clear.")
 ]
+StartOption = Annotated[
+    str,
+    typer.Option(
+        "--from",
+        metavar="earliest|latest|AGE|TIME",
+        help="Where a new application begins: an age as 2h, a time as 2026-11-01T00:00:00Z.",
+    ),
+]
 SortOption = Annotated[bool, typer.Option("--sort", help="Sort by time first (holds the file in memory).")]
 EncodingOption = Annotated[str, typer.Option("--encoding", help="Of the text.")]

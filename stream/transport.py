@@ -159,6 +159,9 @@ class LogReader(Protocol):
     def bounds(self, partition: TopicPartition) -> tuple[int, int]:
         """(first offset still there, offset up to which records can be read now; an open transaction ends it)."""
 
+    def offset_at(self, partition: TopicPartition, timestamp_ms: int) -> int:
+        """Offset of the first record with this timestamp or a later one; the end where there is none."""
+
     def close(self) -> None: ...
 
 

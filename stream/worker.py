@@ -14,6 +14,7 @@ What each error means, by stage:
 | commit | Rebalanced | aborts, drops the attempt, seeks back what it still owns |
 | commit | Retryable | new producer; committed == attempted: merges; else drops and seeks back; bounded tries |
 | restore | Retryable | tries again, bounded |
+| poll, seek | LostPosition | stops, or goes on where worker.lost_positions says and counts |
 | any | Fenced | stops clean, exit code of its own |
 | any | Corrupt, ConfigError | stops, writes nothing |
 """
@@ -35,8 +36,9 @@ from stream.checkpoint import Checkpoint, OnStep, Progress, TopicNames
 from stream.cleaning import LOG_BYTES_MIN, Cleaner
 from stream.config import WorkerSettings
 from stream.engine import Engine, Output, PartitionState, PartitionStep
-from stream.errors import ConfigError, Corrupt, DriftlineError, Rebalanced, Retryable
+from stream.errors import ConfigError, Corrupt, DriftlineError, LostPosition, Rebalanced, Retryable
 from stream.restore import restore
+from stream.start import EARLIEST, Start
 from stream.state import Records
 from stream.transport import GroupConsumer, Polled, Position, Producer, Record, TopicPartition, Transport
 
@@ -93,7 +95,7 @@ class WorkerParts:
     clock: Callable[[], float]
     sleep: Callable[[float], object]
     nonce: Callable[[], bytes]
-    reset: str = "earliest"
+    start: Start = EARLIEST
     cleaning_factor: float = 3.0
     log_bytes_min: int = LOG_BYTES_MIN
     on_step: OnStep = lambda step: None
@@ -143,8 +145,11 @@ class Worker:
         self._next_look_s = 0.0
         self._producer: Producer = parts.transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = parts.transport.consumer(
-            group=parts.app, topics=parts.topics.events, reset=parts.reset
+            group=parts.app, topics=parts.topics.events, reset="none"
         )
+        self._reader = parts.transport.reader()
+        self._at: dict[TopicPartition, int] = {}  # where each partition that we run stands, by what is committed
+        self._uncommitted: set[int] = set()  # partitions that began somewhere and have no position yet
 
     # ------------------------------------------------------------------ the loop
 
@@ -175,6 +180,7 @@ class Worker:
                     continue
                 if not self._commit(steps, group, process_s):
                     break  # what is left was seeked back and comes again
+            self._commit_beginnings(group)
         except Retryable as error:  # a poll or a look-up failed: nothing was changed
             self._back_off("retry", error)
             return True
@@ -187,6 +193,7 @@ class Worker:
         self._consumer.close()
         self._producer.close()
         self._cleaner.close()
+        self._reader.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -210,7 +217,13 @@ class Worker:
         return inputs, polled.group
 
     def _poll(self, timeout_s: float, max_records: int, inputs: Inputs) -> Polled:
-        polled = self._consumer.poll(timeout_s, max_records)
+        try:
+            polled = self._consumer.poll(timeout_s, max_records)
+        except LostPosition as error:
+            self._parts.observer.event("position_lost", error=str(error))
+            inputs.clear()
+            self._seek_back()  # stops us, or goes on, as worker.lost_positions says
+            return Polled()
         for tp in polled.revoked:
             inputs.pop(tp, None)
             self._drop(tp.partition)
@@ -319,6 +332,8 @@ class Worker:
         self._failures = 0
         self._checkpoint.merge(self.states, steps)
         for step in steps:
+            self._at.update(step.positions)
+            self._uncommitted.discard(step.partition)
             self._cleaner.committed(self.states[step.partition], step)
         self._parts.observer.turn(Turn(steps=steps, process_s=process_s, commit_s=self._parts.clock() - start_s))
         return True
@@ -329,8 +344,9 @@ class Worker:
         self._producer.close()
         # A new producer of the same id aborts, or waits for, whatever the old one left open: then positions are final.
         self._producer = self._parts.transport.producer(transactional_id=self._id)
-        attempted = {tp: offset for step in steps for tp, offset in step.positions.items()}
-        equal = [p is not None and p.offset == attempted[tp] for tp, p in self._committed(list(attempted)).items()]
+        # With their metadata: a step without input commits the offset that stands there already.
+        attempted = self._checkpoint.positions(steps)
+        equal = [position == attempted[tp] for tp, position in self._committed(list(attempted)).items()]
         if all(equal):
             self._parts.observer.event("commit_settled", outcome="committed")
             return True
@@ -370,15 +386,64 @@ class Worker:
             self._seek(tp, position.offset if position is not None else None)
 
     def _seek(self, tp: TopicPartition, offset: int | None) -> None:
-        """To the position, or to the end that `reset` names where nothing was ever committed."""
+        """To the position; where nothing was ever committed, to where a new application begins."""
         if offset is None:
-            reader = self._parts.transport.reader()
-            try:
-                first, end = reader.bounds(tp)
-            finally:
-                reader.close()
-            offset = end if self._parts.reset == "latest" else first
+            self._uncommitted.add(tp.partition)
+            offset = self._at.get(tp)
+        first, end, begin = self._bounds(tp)
+        if offset is None:
+            offset = begin
+        elif not first <= offset <= end:
+            offset = self._pass_over(tp, offset, first, end)
+        self._at[tp] = offset
         self._consumer.seek(tp, offset)
+
+    def _bounds(self, tp: TopicPartition) -> tuple[int, int, int]:
+        """First offset, end, and where a new application begins; waits, bounded, for a log that does not answer."""
+        while True:
+            try:
+                first, end = self._reader.bounds(tp)
+                begin = first if self._parts.start == EARLIEST else self._parts.start.offset(self._reader, tp)
+                return first, end, begin
+            except Retryable as error:
+                self._back_off("bounds_unknown", error)
+
+    def _pass_over(self, tp: TopicPartition, offset: int, first: int, end: int) -> int:
+        """What to do about a position that is gone; where to go on."""
+        rule = self._parts.settings.lost_positions
+        what = f"{first - offset} records were deleted before they were read"
+        if offset > end:
+            what = "the topic was made anew, or has lost its end"
+        what = f"position {offset} of {tp.topic}-{tp.partition} is not in the log any more ({first} to {end}): {what}"
+        if rule == "stop":
+            raise LostPosition(f"{what}. Set worker.lost_positions to earliest or latest to go on without them")
+        self._parts.observer.event(
+            "position_passed_over", partition=tp.partition, records=max(0, first - offset), error=what
+        )
+        return end if rule == "latest" else first
+
+    def _commit_beginnings(self, group: object) -> None:
+        """Fix where partitions begin, if not at their oldest record: a restart before an event came begins there."""
+        if self._parts.start == EARLIEST:
+            return
+        for partition in sorted(self._uncommitted & self.states.keys()):
+            if not self._commit([self._idle_step(partition)], group, 0.0):
+                return
+
+    def _idle_step(self, partition: int) -> PartitionStep:
+        """A step without input: commits the positions that stand, which fences, and what the cleaner adds."""
+        state = self.states[partition]
+        none: Records = np.zeros(0, self._parts.engine.dtype)
+        return PartitionStep(
+            partition=partition,
+            positions={tp: self._at[tp] for tp in self._inputs_of(partition)},
+            records=none,
+            seen=state.seen,
+            watermark_ms=state.watermark_ms,
+        )
+
+    def _inputs_of(self, partition: int) -> list[TopicPartition]:
+        return [TopicPartition(topic, partition) for topic in self._parts.topics.events]
 
     # ------------------------------------------------------------------ partitions that come and go
 
@@ -387,6 +452,9 @@ class Worker:
         if restoring is not None:
             restoring.cancelled.set()
         self._cleaner.forget(partition)
+        self._uncommitted.discard(partition)
+        for tp in self._inputs_of(partition):
+            self._at.pop(tp, None)
         if self.states.pop(partition, None) is not None:
             self._parts.observer.event("partition_dropped", partition=partition)
 
@@ -451,13 +519,18 @@ class Worker:
             )
 
     def _take_over(self, partition: int, state: PartitionState) -> None:
-        tps = [TopicPartition(topic, partition) for topic in self._parts.topics.events]
-        committed = self._committed(tps)
+        tps = self._inputs_of(partition)
+        committed = dict(self._committed(tps))
+        if not any(committed.values()):  # a topic that was given more partitions: number 0 knows the old count
+            committed |= self._committed([TopicPartition(tp.topic, 0) for tp in tps])
+        for tp, position in committed.items():
+            progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{tp.partition}")
+            if progress is not None:
+                self._check_partitions(progress)
         for tp in tps:
             position = committed.get(tp)
             progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{partition}")
             if progress is not None:
-                self._check_partitions(progress)
                 self._parts.weights.swap(at_least=progress.weights)
                 state.seen = max(state.seen, progress.seen)
                 state.watermark_ms = max(state.watermark_ms, progress.watermark_ms)
@@ -471,8 +544,9 @@ class Worker:
         if progress.partitions != self._parts.partitions:
             raise ConfigError(
                 f"the topics had {progress.partitions} partitions when this application's state was written and have "
-                f"{self._parts.partitions} now: users have moved between partitions. Start under a new app.name and "
-                "replay the input, or give the topics their old partition count"
+                f"{self._parts.partitions} now: users have moved between partitions. Go back to the old count, or "
+                "migrate: new topics (topics.prefix, topics.events), a new app.name, `driftline rekey OLD NEW` for the "
+                "input"
             )
 
 

@@ -13,6 +13,7 @@ import msgspec
 from stream.checkpoint import OnStep, TopicNames
 from stream.config import WorkerSettings
 from stream.memory import ManualClock
+from stream.start import EARLIEST, Start
 from stream.testing import DigestEngine, Verdict, arena_content, fold_inputs, judge, read_all
 from stream.transport import Record, TopicSpec, Transport
 from stream.worker import Turn, Worker, WorkerParts
@@ -80,6 +81,7 @@ def make_worker(
     engine: DigestEngine | None = None,
     app: str = "app",
     log_bytes_min: int = 3_000,
+    start: Start = EARLIEST,
 ) -> Worker:
     base = {"batch_events_max": 50, "poll_timeout_s": 0.05, "batch_wait_s": 0.0, "backoff_s": 0.01}
     nonce: Callable[[], bytes] = lambda: f"{time.monotonic_ns()}-{next(_nonces)}".encode()  # noqa: E731
@@ -100,6 +102,7 @@ def make_worker(
             on_step=on_step,
             threads=threads,
             log_bytes_min=log_bytes_min,
+            start=start,
         )
     )
 

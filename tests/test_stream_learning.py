@@ -18,6 +18,7 @@ from stream.events import EventDecoder, EventSettings
 from stream.learning import LearnerLoop, LearnerPace
 from stream.memory import Fault, ManualClock, MemoryLog
 from stream.testing import digest_event
+from stream.transport import TopicPartition
 
 NAMES = topic_names()
 PARTITIONS = 2
@@ -249,3 +250,27 @@ def test_a_snapshot_whose_head_was_deleted_is_passed_over() -> None:
     log.admin().delete_records(TopicPartition("weights", 0), 1)
     feed = weights.WeightsFeed(log.reader(), "weights")
     assert [s.version for s in feed.poll(0.0)] == [2]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_records_deleted_unread_are_passed_over_and_counted(running: bool) -> None:
+    """Retention overtakes the learner, at work or between two runs: it goes on with what is left."""
+    log = make_log(90)
+    loop = learner(log)
+    drain(loop)
+    loop.publish()
+    if not running:
+        loop.close()
+    for number in range(90, 390):
+        log.append("events", number % PARTITIONS, iter([digest_event(f"u{number % 13}", number)]))
+    end = log.reader().bounds(TopicPartition("events", 0))[1]
+    log.admin().delete_records(TopicPartition("events", 0), end - 10)
+    observer = loop._observer if running else Silent()
+    assert isinstance(observer, Silent)
+    if not running:
+        loop = learner(log, observer)
+    drain(loop)
+    tally = loop.model
+    assert isinstance(tally, Tally)
+    assert sum(tally.learned.values()) == 390 - (end - 10 - 90 // PARTITIONS)
+    assert observer.events.count("records_passed_over") == 1

@@ -353,6 +353,18 @@ def test_without_a_reset_rule_a_missing_position_stops(bench: Bench) -> None:
             consumer.poll(0.05, 10)
 
 
+def test_the_first_record_of_a_time(bench: Bench) -> None:
+    """`offset_at`: the first record with the timestamp or a later one; the head and the end where there is none."""
+    bench.fill(bench.events, 0, 20)  # timestamps 1000 to 1019
+    place, reader = TopicPartition(bench.events, 0), bench.reader()
+    assert [reader.offset_at(place, t) for t in (0, 1_000, 1_007, 1_019)] == [0, 0, 7, 19]
+    assert reader.offset_at(place, 1_020) == reader.bounds(place)[1] == 20
+    admin = bench.log.admin()
+    admin.delete_records(place, 10)
+    admin.close()
+    assert reader.offset_at(place, 1_003) == 10
+
+
 @pytest.mark.parametrize("reset", ["earliest", "none"])
 def test_a_deleted_position_follows_the_reset_rule(bench: Bench, reset: str) -> None:
     """The committed position was deleted: from the head, or a loud stop."""
