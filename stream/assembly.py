@@ -99,6 +99,30 @@ def topic_problems(transport: Transport, config: Config) -> list[str]:
     return problems
 
 
+def prepare_rekey(transport: Transport, config: Config, source: str, target: str) -> None:
+    """Check what `driftline rekey` writes to; on the embedded log missing topics are made.
+
+    Raises:
+        ConfigError: the target is an input topic of the application and has another number of partitions.
+    """
+    admin = transport.admin()
+    try:
+        if config.transport == "embedded":
+            settings = topic_specs(config)[0].settings
+            specs = [
+                TopicSpec(name=n, partitions=config.topics.partitions, settings=settings) for n in (source, target)
+            ]
+            admin.create([*topic_specs(config), *specs])
+        there = admin.describe([target])[target]
+    finally:
+        admin.close()
+    if there is not None and target in config.topics.events and there.partitions != config.topics.partitions:
+        raise ConfigError(
+            f"topic {target} has {there.partitions} partitions, topics.partitions is {config.topics.partitions}; all "
+            "topics of an application need the same number"
+        )
+
+
 def _internal_problems(wanted: TopicSpec, there: TopicSpec) -> list[str]:
     """What is wrong with a topic that holds state."""
     problems = []

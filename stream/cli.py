@@ -344,6 +344,52 @@ def replay(
 
 
 @command(app)
+def rekey(
+    given: Given,
+    source: Annotated[str, typer.Argument(help="The topic to read, keyed by a session, by nothing, ...")],
+    target: Annotated[str, typer.Argument(help="The topic to write, keyed by the user.")],
+    user: Annotated[
+        str | None, typer.Option(help="Path of the user id in the values; events.fields.user, or user.")
+    ] = None,
+    start: StartOption = "earliest",
+    until_end: Annotated[bool, typer.Option("--until-end", help="End when all that is there is moved.")] = False,
+    slot: Annotated[str, typer.Option(help="This process's own name; several share the partitions.")] = "0",
+) -> None:
+    """Copy a topic into one that is keyed by the user id, exactly once: for topics keyed by something else.
+
+    Example: driftline rekey clicks-by-session events --user who.id --until-end
+    """
+    from stream.assembly import prepare_rekey
+    from stream.config import topic_names
+    from stream.rekey import Rekey, RekeySettings
+
+    config = given.load().config
+    log_to(config.app, f"rekey.{slot}")
+    worker = config.worker
+    with _opened(config) as transport:
+        prepare_rekey(transport, config, source, target)
+        stop = stop_on_signals(worker.shutdown_s)
+        settings = RekeySettings(
+            source=source,
+            target=target,
+            dead_letters=topic_names(config)["dead_letters"],
+            user=user or config.events.fields.get("user", "user"),
+            app=config.app.name,
+            slot=slot,
+            start=_start(start),
+            until_end=until_end,
+            batch_records_max=worker.batch_events_max,
+            poll_timeout_s=worker.poll_timeout_s,
+            retries_max=worker.retries_max,
+            backoff_s=worker.backoff_s,
+            bad_share_max=worker.poison_share_max,
+            bad_window=worker.poison_window,
+        )
+        moved = Rekey(transport, settings, clock=time.monotonic, sleep=stop.wait).run(stop)
+    print(f"{source} -> {target}: {moved.records:,} records moved, {moved.dead_letters:,} dead letters")
+
+
+@command(app)
 def evaluate(
     given: Given,
     file: Annotated[str, typer.Argument(help="CSV, TSV or JSON lines, also .gz and .zip; - for standard input.")],
