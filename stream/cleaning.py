@@ -15,6 +15,7 @@ A record is alive in a block if the arena's record of that key carries the block
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -23,7 +24,10 @@ import numpy as np
 from stream import changelog
 from stream.changelog import Block, Kind
 from stream.engine import Engine, PartitionState, PartitionStep
+from stream.errors import Retryable
 from stream.transport import Admin, LogReader, TopicPartition
+
+log = logging.getLogger(__name__)
 
 LOG_BYTES_MIN = 4_000_000  # shorter logs are left alone: there is nothing to gain
 BLOCKS_PER_BATCH_MAX = 8
@@ -35,9 +39,16 @@ class _Head:
     """The oldest end of one partition's log."""
 
     offset: int = 0  # where to read on
-    delete_before: int = 0  # all below is rewritten, once the batch under way is committed
     ahead: deque[tuple[int, int, Block]] = field(default_factory=deque)  # (offset, bytes, block) read, not yet used
-    freed: int = 0  # bytes that the deletion gives back
+    before: int = 0  # all below is rewritten, once the batch under way is committed
+    freed: int = 0  # bytes of that
+    owed_before: int = 0  # all below has been rewritten by committed batches and is still to be deleted
+    owed: int = 0  # bytes of that
+
+    def rewind(self) -> None:
+        """The attempt under way is void: read again from the head of the log."""
+        self.offset, self.before, self.freed = 0, 0, 0
+        self.ahead.clear()
 
 
 class Cleaner:
@@ -64,30 +75,48 @@ class Cleaner:
     def extend(self, state: PartitionState, step: PartitionStep) -> None:
         """Before the commit: add the live records of the oldest blocks to the step where the log is too long."""
         live_bytes = len(state.arena) * state.arena.dtype.itemsize
-        log_bytes, cleaned = state.log_bytes, 0
         head = self._heads.setdefault(step.partition, _Head())
-        head.delete_before, head.freed = 0, 0
-        while log_bytes > max(self._log_bytes_min, self._factor * live_bytes) and cleaned < BLOCKS_PER_BATCH_MAX:
-            found = self._next(step.partition, head)
+        log_bytes = state.log_bytes - head.owed
+        for _ in range(BLOCKS_PER_BATCH_MAX):
+            if log_bytes <= max(self._log_bytes_min, self._factor * live_bytes):
+                return
+            try:
+                found = self._next(step.partition, head)
+            except Retryable as error:  # what the step has taken along by now does no harm
+                log.warning("event=cleaning_failed partition=%d error=%r", step.partition, str(error))
+                head.rewind()
+                return
             if found is None:
-                break
+                return
             offset, size, block = found
             self._rewrite(state, step, block)
-            head.delete_before = offset + 1
+            head.before = offset + 1
             head.freed += size
             log_bytes -= size
-            cleaned += 1
 
     def committed(self, state: PartitionState, step: PartitionStep) -> None:
-        """After the commit and the merge: delete what the step has rewritten."""
+        """After the commit and the merge: delete what the step has rewritten, or leave it for the next one."""
         head = self._heads[step.partition]
-        if head.delete_before:
-            self._admin.delete_records(TopicPartition(self._topic, step.partition), head.delete_before)
-            state.log_bytes = max(0, state.log_bytes - head.freed)
-            head.delete_before = 0
+        if head.before:
+            head.owed_before, head.owed = head.before, head.owed + head.freed
+            head.before = head.freed = 0
+        if not head.owed_before:
+            return
+        try:
+            self._admin.delete_records(TopicPartition(self._topic, step.partition), head.owed_before)
+        except Retryable as error:
+            log.warning("event=cleaning_failed partition=%d error=%r", step.partition, str(error))
+            return
+        state.log_bytes = max(0, state.log_bytes - head.owed)
+        head.owed_before = head.owed = 0
+
+    def void(self, partition: int) -> None:
+        """The attempt was void: nothing of it was rewritten."""
+        if partition in self._heads:
+            self._heads[partition].rewind()
 
     def forget(self, partition: int) -> None:
-        """The partition is ours no longer, or the attempt was void: start again at the head of the log."""
+        """The partition is ours no longer."""
         self._heads.pop(partition, None)
 
     def close(self) -> None:

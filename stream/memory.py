@@ -200,7 +200,7 @@ class MemoryLog:
         del self._open[transaction.transactional_id]
         if commit:
             for name, positions in transaction.offsets.items():
-                self._groups[name].positions.update(positions)
+                self._groups[name].take(positions)
         for log in transaction.logs:
             log.add(None, transaction)
             log.settle()

@@ -216,7 +216,9 @@ class MemoryProducer:
             if group.generation != state.generation or group.member not in state.members:
                 raise Rebalanced(f"group {group.group!r} moved on since the batch was polled")
             if fault is not Fault.LOSE:
-                transaction.offsets.setdefault(group.group, {}).update(positions)
+                state.sends += 1
+                sent = {partition: (state.sends, position) for partition, position in positions.items()}
+                transaction.offsets.setdefault(group.group, {}).update(sent)
             self._report("send_offsets", fault)
 
     def commit(self) -> None:
@@ -293,6 +295,8 @@ class MemoryReader:
 
     def bounds(self, partition: TopicPartition) -> tuple[int, int]:
         with self._log.lock:
+            if self._log.fault("bounds", "") is not None:
+                raise Retryable(f"injected fault: bounds of {partition.topic}-{partition.partition}")
             log = self._log.log(partition)
             return log.head, log.stable_end
 
@@ -326,7 +330,11 @@ class MemoryAdmin:
 
     def delete_records(self, partition: TopicPartition, before_offset: int) -> None:
         with self._log.lock:
-            self._log.log(partition).delete(before_offset)
+            fault = self._log.fault("delete", "")
+            if fault is not Fault.LOSE:
+                self._log.log(partition).delete(before_offset)
+            if fault is not None:
+                raise Retryable(f"injected fault: delete of {partition.topic}-{partition.partition}")
 
     def close(self) -> None:
         """Nothing to give back."""

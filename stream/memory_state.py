@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import itemgetter
@@ -37,8 +37,8 @@ class Fault(Enum):
     HIDE = "hide"  # the call has its full effect, but reports failure
 
 
-# Asked as hook(point, who): point is begin, send, flush, send_offsets, commit, abort, poll, committed or read; who is
-# the transactional id or the group ("" for a reader).
+# Asked as hook(point, who): point is begin, send, flush, send_offsets, commit, abort, poll, committed, read, bounds or
+# delete; who is the transactional id or the group ("" for a reader and an admin).
 FaultHook = Callable[[str, str], Fault | None]
 
 
@@ -47,7 +47,7 @@ class Transaction:
     transactional_id: str
     deadline_s: float
     logs: set[PartitionLog] = field(default_factory=set)
-    offsets: dict[str, dict[TopicPartition, Position]] = field(default_factory=dict)  # by group
+    offsets: dict[str, dict[TopicPartition, tuple[int, Position]]] = field(default_factory=dict)  # by group: (when, what)
     committed: bool | None = None  # None while it is open
     timed_out: bool = False
 
@@ -101,3 +101,12 @@ class Group:
     owners: dict[int, str] = field(default_factory=dict)
     target: dict[int, str] = field(default_factory=dict)
     positions: dict[TopicPartition, Position] = field(default_factory=dict)
+    sent: dict[TopicPartition, int] = field(default_factory=dict)  # when each position was sent
+    sends: int = 0
+
+    def take(self, positions: Mapping[TopicPartition, tuple[int, Position]]) -> None:
+        """Commit positions. As on Kafka, of two the one that was SENT later stands, whichever is committed first."""
+        for partition, (sent, position) in positions.items():
+            if sent > self.sent.get(partition, -1):
+                self.sent[partition] = sent
+                self.positions[partition] = position

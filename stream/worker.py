@@ -10,9 +10,11 @@ What each error means, by stage:
 | stage | error | the worker |
 |---|---|---|
 | decode | bad record | writes a dead letter, goes on; over the poison limit: Corrupt, before the batch is committed |
+| poll, look-up | Retryable | puts back what it has gathered, tries again, bounded |
 | process | anything unexpected | halves the batch until one record is left; that one is a dead letter |
 | commit | Rebalanced | aborts, drops the attempt, seeks back what it still owns |
 | commit | Retryable | new producer; committed == attempted: merges; else drops and seeks back; bounded tries |
+| cleaning | Retryable | leaves it for a later batch |
 | restore | Retryable | tries again, bounded |
 | poll, seek | LostPosition | stops, or goes on where worker.lost_positions says and counts |
 | any | Fenced | stops clean, exit code of its own |
@@ -23,9 +25,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,7 +83,7 @@ class WorkerParts:
     Attributes:
         cleaning_factor: a state log is cleaned above so many times its live bytes, once it is log_bytes_min long.
         on_step: called before each numbered step of a commit (tests kill the process there).
-        threads: whether restores run on a helper thread; off in the simulator.
+        executor: where restores run; None = on a helper thread of the worker's own.
     """
 
     transport: Transport
@@ -99,7 +102,7 @@ class WorkerParts:
     cleaning_factor: float = 3.0
     log_bytes_min: int = LOG_BYTES_MIN
     on_step: OnStep = lambda step: None
-    threads: bool = True
+    executor: Executor | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,9 +142,11 @@ class Worker:
             factor=parts.cleaning_factor,
             log_bytes_min=parts.log_bytes_min,
         )
-        self._pool = ThreadPoolExecutor(1, "restore") if parts.threads else None
+        self._pool = parts.executor or ThreadPoolExecutor(1, "restore")
         self._poison: deque[tuple[int, int]] = deque()  # (records, dead) by batch
-        self._failures = 0
+        self._pending: Inputs = {}  # gathered, not committed yet
+        self._failures: Counter[str] = Counter()  # in a row, by kind: of looks at the log, of commits
+        self._stop: threading.Event | None = None
         self._next_look_s = 0.0
         self._producer: Producer = parts.transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = parts.transport.consumer(
@@ -154,10 +159,14 @@ class Worker:
     # ------------------------------------------------------------------ the loop
 
     def run(self, stop: threading.Event) -> None:
-        """Work until `stop` is set, then leave the group. The batch under way is finished first."""
+        """Work until `stop` is set, then leave the group. The batch under way is finished first, if it can be."""
+        self._stop = stop
         try:
             while not stop.is_set():
                 self.turn()
+        except Retryable:
+            if not stop.is_set():  # else nothing is lost: what is not committed comes again at the next start
+                raise
         finally:
             self.close()
 
@@ -165,46 +174,60 @@ class Worker:
         """Gather one batch and commit it. Returns whether there was anything to do."""
         try:
             self._parts.weights.swap()
-            inputs, group = self._gather()
+            group = self._gather()
             self._finish_restores()
-            queue: deque[Inputs] = deque(self._cut(inputs))
-            busy = bool(queue)
-            while queue:
-                batch = queue.popleft()
-                try:
-                    steps, process_s = self._process(batch)
-                except DriftlineError:
-                    raise
-                except Exception as error:
-                    queue.extendleft(reversed(self._bisect(batch, error, group)))
-                    continue
-                if not self._commit(steps, group, process_s):
-                    break  # what is left was seeked back and comes again
+            self._failures["look"] = 0
+            busy = self._work_off(deque(self._cut(self._pending)), group)
             self._commit_beginnings(group)
+            return busy
         except Retryable as error:  # a poll or a look-up failed: nothing was changed
-            self._back_off("retry", error)
+            self._put_back()
+            self._back_off("retry", error, "look")
             return True
+
+    def _work_off(self, queue: deque[Inputs], group: object) -> bool:
+        """Process and commit batch after batch, until one is void; whether there was any."""
+        busy = bool(queue)
+        while queue:
+            batch = queue.popleft()
+            try:
+                steps, process_s = self._process(batch)
+            except DriftlineError:
+                raise
+            except Exception as error:
+                if sum(map(len, batch.values())) > 1:
+                    queue.extendleft(reversed(halves(batch)))
+                    continue
+                steps, process_s = [self._failed_step(batch, error)], 0.0
+            if not self._commit(steps, group, process_s):
+                self._put_back()
+                break
+            for tp, records in batch.items():
+                self._pending[tp] = self._pending[tp][len(records) :]
         return busy
 
     def close(self) -> None:
         """Leave the group and end the helper thread. Idempotent."""
         for restoring in self._restoring.values():
             restoring.cancelled.set()
-        self._consumer.close()
-        self._producer.close()
-        self._cleaner.close()
-        self._reader.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for part in (self._consumer, self._producer, self._cleaner, self._reader):
+            with suppress(Retryable):  # the log is away: it will notice by itself that we are gone
+                part.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     # ------------------------------------------------------------------ gathering
 
-    def _gather(self) -> tuple[Inputs, object]:
-        """Poll until the batch is full or `batch_wait_s` is over; records of partitions lost meanwhile are dropped."""
+    def _gather(self) -> object:
+        """Poll until the batch is full or `batch_wait_s` is over. The batch is `_pending`; returns its proof.
+
+        Records of partitions lost meanwhile are dropped. If the group moves on between two polls, the batch is put
+        back: a proof of the new generation would not fence records that were polled in the older one.
+        """
         settings, clock = self._parts.settings, self._parts.clock
-        inputs: Inputs = {}
+        self._pending = {}
         count, size = 0, 0
-        polled = self._poll(settings.poll_timeout_s, settings.batch_events_max, inputs)
+        polled = self._poll(settings.poll_timeout_s, settings.batch_events_max)
+        group = polled.group
         deadline_s = clock() + settings.batch_wait_s
         while polled.records:
             for batch in polled.records.values():
@@ -213,25 +236,34 @@ class Worker:
             left_s = deadline_s - clock()
             if count >= settings.batch_events_max or size >= settings.batch_bytes_max or left_s <= 0:
                 break
-            polled = self._poll(left_s, settings.batch_events_max - count, inputs)
-        return inputs, polled.group
+            polled = self._poll(left_s, settings.batch_events_max - count)
+            if polled.group != group:
+                self._put_back()
+                break
+        return group
 
-    def _poll(self, timeout_s: float, max_records: int, inputs: Inputs) -> Polled:
+    def _poll(self, timeout_s: float, max_records: int) -> Polled:
         try:
             polled = self._consumer.poll(timeout_s, max_records)
         except LostPosition as error:
             self._parts.observer.event("position_lost", error=str(error))
-            inputs.clear()
+            self._pending = {}
             self._seek_back()  # stops us, or goes on, as worker.lost_positions says
             return Polled()
         for tp in polled.revoked:
-            inputs.pop(tp, None)
             self._drop(tp.partition)
         for partition in sorted({tp.partition for tp in polled.assigned}):
             self._start_restore(partition)
         for tp, batch in polled.records.items():
-            inputs.setdefault(tp, []).extend(batch)
+            self._pending.setdefault(tp, []).extend(batch)
         return polled
+
+    def _put_back(self) -> None:
+        """What was gathered and is not committed comes again: every partition goes back to its first such record."""
+        for tp, records in self._pending.items():
+            if records and tp.partition in self.states:
+                self._consumer.seek(tp, records[0].offset)
+        self._pending = {}
 
     def _cut(self, inputs: Inputs) -> list[Inputs]:
         """Cut at the epochs of each partition: what crosses users changes only there."""
@@ -259,27 +291,10 @@ class Worker:
         self._check_poison(batch, steps)
         return steps, self._parts.clock() - start_s
 
-    def _bisect(self, batch: Inputs, error: Exception, group: object) -> list[Inputs]:
-        """Two halves of a batch that the engine failed on; a single record becomes a dead letter and leaves nothing."""
-        count = sum(map(len, batch.values()))
-        if count > 1:
-            first: Inputs = {}
-            second: Inputs = {}
-            left = count // 2
-            for tp, records in batch.items():
-                head, tail = records[:left], records[left:]
-                left -= len(head)
-                if head:
-                    first[tp] = head
-                if tail:
-                    second[tp] = tail
-            return [first, second]
+    def _failed_step(self, batch: Inputs, error: Exception) -> PartitionStep:
+        """The single record on which the engine fails becomes a dead letter and leaves nothing else."""
         ((tp, (record,)),) = batch.items()
         log.error("event=processing_failed topic=%s partition=%d offset=%d", *tp, record.offset, exc_info=error)
-        self._commit([self._failed_step(tp, record, error)], group, 0.0)
-        return []
-
-    def _failed_step(self, tp: TopicPartition, record: Record, error: Exception) -> PartitionStep:
         state = self.states[tp.partition]
         letter = out.dead_letter(
             reason="processing_failed",
@@ -324,12 +339,11 @@ class Worker:
         try:
             self._checkpoint.commit(self._producer, self.states, steps, group)
         except Retryable as error:
-            counts = self._settle(steps, error)
-            if not counts:
+            if not self._settle(steps, error):
                 for step in steps:
-                    self._cleaner.forget(step.partition)
+                    self._cleaner.void(step.partition)
                 return False
-        self._failures = 0
+        self._failures.clear()
         self._checkpoint.merge(self.states, steps)
         for step in steps:
             self._at.update(step.positions)
@@ -339,37 +353,46 @@ class Worker:
         return True
 
     def _settle(self, steps: Sequence[PartitionStep], error: Retryable) -> bool:
-        """After a failed commit: find out whether it counts. True if it did."""
-        self._back_off("rebalanced" if isinstance(error, Rebalanced) else "commit_failed", error)
-        self._producer.close()
-        # A new producer of the same id aborts, or waits for, whatever the old one left open: then positions are final.
-        self._producer = self._parts.transport.producer(transactional_id=self._id)
+        """After a failed commit: find out whether it counts. True if it did.
+
+        Does not return before that is known: with the outcome open, neither the arena nor the positions can be right.
+        """
         # With their metadata: a step without input commits the offset that stands there already.
         attempted = self._checkpoint.positions(steps)
-        equal = [position == attempted[tp] for tp, position in self._committed(list(attempted)).items()]
-        if all(equal):
-            self._parts.observer.event("commit_settled", outcome="committed")
-            return True
-        if any(equal):
+        name = "rebalanced" if isinstance(error, Rebalanced) else "commit_failed"
+        while True:
+            self._back_off(name, error, "commit")
+            try:
+                self._producer.close()
+                # A new one of the same id aborts, or waits for, what the old one left open: then positions are final.
+                self._producer = self._parts.transport.producer(transactional_id=self._id)
+                found = self._consumer.committed(list(attempted))
+                break
+            except Retryable as again:
+                name, error = "outcome_open", again
+        equal = [position == attempted[tp] for tp, position in found.items()]
+        outcome = "committed" if all(equal) else "mixed" if any(equal) else "void"
+        self._parts.observer.event("commit_settled", outcome=outcome)
+        if outcome == "mixed":
             # It did commit, and the new owner of another partition has gone on since: read our share back.
-            self._parts.observer.event("commit_settled", outcome="mixed")
             for partition in sorted({tp.partition for tp in attempted}):
                 self._consumer.pause([TopicPartition(topic, partition) for topic in self._parts.topics.events])
                 self._drop(partition)
                 self._start_restore(partition)
-        else:
-            self._parts.observer.event("commit_settled", outcome="void")
-        self._seek_back()
-        return False
+        return outcome == "committed"
 
-    def _back_off(self, name: str, error: Retryable) -> None:
-        """Count a failure and wait; raises the error when there were too many in a row."""
-        self._failures += 1
-        settings = self._parts.settings
-        self._parts.observer.event(name, failures=self._failures, error=str(error))
-        if self._failures > settings.retries_max:
+    def _back_off(self, name: str, error: Retryable, kind: str) -> None:
+        """Count a failure and wait; raises the error when there were too many in a row, or when we are to stop."""
+        self._failures[kind] += 1
+        failures, settings = self._failures[kind], self._parts.settings
+        self._parts.observer.event(name, failures=failures, error=str(error))
+        if failures > settings.retries_max or (self._stop is not None and self._stop.is_set()):
             raise error
-        self._parts.sleep(min(settings.backoff_max_s, settings.backoff_s * 2 ** (self._failures - 1)))
+        pause_s = min(settings.backoff_max_s, settings.backoff_s * 2 ** min(failures - 1, 30))
+        if self._stop is not None:
+            self._stop.wait(pause_s)
+        else:
+            self._parts.sleep(pause_s)
 
     def _committed(self, tps: Sequence[TopicPartition]) -> Mapping[TopicPartition, Position | None]:
         """Stable committed positions; waits, bounded, while an open transaction holds them."""
@@ -377,11 +400,11 @@ class Worker:
             try:
                 return self._consumer.committed(tps)
             except Retryable as error:
-                self._back_off("positions_unstable", error)
+                self._back_off("positions_unstable", error, "look")
 
     def _seek_back(self) -> None:
-        """Every partition that we run goes back to its committed position; the attempt's records come again."""
-        tps = [TopicPartition(topic, p) for p in self.states for topic in self._parts.topics.events]
+        """Every partition that we run goes back to its committed position."""
+        tps = [tp for partition in self.states for tp in self._inputs_of(partition)]
         for tp, position in self._committed(tps).items():
             self._seek(tp, position.offset if position is not None else None)
 
@@ -406,7 +429,7 @@ class Worker:
                 begin = first if self._parts.start == EARLIEST else self._parts.start.offset(self._reader, tp)
                 return first, end, begin
             except Retryable as error:
-                self._back_off("bounds_unknown", error)
+                self._back_off("bounds_unknown", error, "look")
 
     def _pass_over(self, tp: TopicPartition, offset: int, first: int, end: int) -> int:
         """What to do about a position that is gone; where to go on."""
@@ -424,7 +447,7 @@ class Worker:
 
     def _commit_beginnings(self, group: object) -> None:
         """Fix where partitions begin, if not at their oldest record: a restart before an event came begins there."""
-        if self._parts.start == EARLIEST:
+        if self._parts.start == EARLIEST or group is None:
             return
         for partition in sorted(self._uncommitted & self.states.keys()):
             if not self._commit([self._idle_step(partition)], group, 0.0):
@@ -455,6 +478,8 @@ class Worker:
         self._uncommitted.discard(partition)
         for tp in self._inputs_of(partition):
             self._at.pop(tp, None)
+        for tp in [tp for tp in self._pending if tp.partition == partition]:
+            del self._pending[tp]
         if self.states.pop(partition, None) is not None:
             self._parts.observer.event("partition_dropped", partition=partition)
 
@@ -462,17 +487,8 @@ class Worker:
         if partition in self._restoring or partition in self.states:
             return
         cancelled = threading.Event()
-        self._restoring[partition] = _Restoring(future=self._submit(partition, cancelled), cancelled=cancelled)
-
-    def _submit(self, partition: int, cancelled: threading.Event) -> Future[PartitionState | None]:
-        if self._pool is not None:
-            return self._pool.submit(self._restore, partition, cancelled)
-        future: Future[PartitionState | None] = Future()
-        try:
-            future.set_result(self._restore(partition, cancelled))
-        except DriftlineError as error:
-            future.set_exception(error)
-        return future
+        future = self._pool.submit(self._restore, partition, cancelled)
+        self._restoring[partition] = _Restoring(future=future, cancelled=cancelled)
 
     def _restore(self, partition: int, cancelled: threading.Event) -> PartitionState | None:
         parts = self._parts
@@ -503,7 +519,7 @@ class Worker:
                     raise
                 self._parts.observer.event("restore_failed", partition=partition, error=str(error))
                 restoring.attempts += 1
-                restoring.future = self._submit(partition, restoring.cancelled)
+                restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
                 continue
             if state is not None:
                 self._take_over(partition, state)
@@ -548,6 +564,21 @@ class Worker:
                 "migrate: new topics (topics.prefix, topics.events), a new app.name, `driftline rekey OLD NEW` for the "
                 "input"
             )
+
+
+def halves(batch: Inputs) -> list[Inputs]:
+    """A batch of two or more records in two, in order."""
+    first: Inputs = {}
+    second: Inputs = {}
+    left = sum(map(len, batch.values())) // 2
+    for tp, records in batch.items():
+        head, tail = records[:left], records[left:]
+        left -= len(head)
+        if head:
+            first[tp] = head
+        if tail:
+            second[tp] = tail
+    return [first, second]
 
 
 def batch_counts(steps: Sequence[PartitionStep]) -> Mapping[str, int]:

@@ -6,17 +6,19 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import msgspec
 
 from stream.checkpoint import OnStep, TopicNames
 from stream.config import WorkerSettings
+from stream.errors import DriftlineError
 from stream.memory import ManualClock
 from stream.start import EARLIEST, Start
 from stream.testing import DigestEngine, Verdict, arena_content, fold_inputs, judge, read_all
 from stream.transport import Record, TopicSpec, Transport
-from stream.worker import Turn, Worker, WorkerParts
+from stream.worker import Turn, WeightsSource, Worker, WorkerParts
 
 STREAMS = ("forecasts", "alerts", "warnings", "dead_letters", "metrics")
 
@@ -65,6 +67,18 @@ class Counting:
         pass
 
 
+class AtOnce(Executor):
+    """Runs a restore at once, in the caller's thread: for tests of one thread. A simulated kill goes through."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments, **options))
+        except DriftlineError as error:
+            future.set_exception(error)
+        return future
+
+
 _nonces = itertools.count()
 
 
@@ -77,19 +91,20 @@ def make_worker(
     observer: Counting | None = None,
     settings: dict[str, Any] | None = None,
     clock: ManualClock | None = None,
-    threads: bool = False,
+    executor: Executor | None = None,
     engine: DigestEngine | None = None,
+    weights: WeightsSource | None = None,
     app: str = "app",
     log_bytes_min: int = 3_000,
     start: Start = EARLIEST,
+    nonce: Callable[[], bytes] | None = None,
 ) -> Worker:
     base = {"batch_events_max": 50, "poll_timeout_s": 0.05, "batch_wait_s": 0.0, "backoff_s": 0.01}
-    nonce: Callable[[], bytes] = lambda: f"{time.monotonic_ns()}-{next(_nonces)}".encode()  # noqa: E731
     return Worker(
         WorkerParts(
             transport=transport,
             engine=engine or DigestEngine(epoch_records=70),
-            weights=NoWeights(),
+            weights=weights or NoWeights(),
             observer=observer or Counting(),
             topics=names,
             app=app,
@@ -98,9 +113,9 @@ def make_worker(
             block_bytes_max=10_000,
             clock=clock or time.monotonic,
             sleep=clock.advance if clock else time.sleep,
-            nonce=nonce,
+            nonce=nonce or (lambda: f"{time.monotonic_ns()}-{next(_nonces)}".encode()),
             on_step=on_step,
-            threads=threads,
+            executor=executor,
             log_bytes_min=log_bytes_min,
             start=start,
         )

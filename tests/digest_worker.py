@@ -58,7 +58,6 @@ def main() -> int:
         on_step=on_step,
         observer=observer,
         settings={"slot": task["slot"], **task.get("settings", {})},
-        threads=True,
         app=task["prefix"] + "app",
     )
     print("ready", flush=True)

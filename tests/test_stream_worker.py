@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from digest_app import Counting, check_arena, create_topics, make_worker, topic_names, verdict_of
+from digest_app import AtOnce, Counting, check_arena, create_topics, make_worker, topic_names, verdict_of
 
 from stream.checkpoint import STEPS
 from stream.errors import ConfigError, Corrupt, Fenced, Retryable
@@ -52,7 +52,8 @@ def log() -> Iterator[MemoryLog]:
 def worker_on(log: MemoryLog, **kwargs: object) -> Worker:
     clock = log.now
     assert isinstance(clock, ManualClock)
-    return make_worker(log, NAMES, partitions=PARTITIONS, clock=clock, **kwargs)  # type: ignore[arg-type]
+    given: dict[str, object] = {"executor": AtOnce(), **kwargs}
+    return make_worker(log, NAMES, partitions=PARTITIONS, clock=clock, **given)  # type: ignore[arg-type]
 
 
 def test_every_input_is_answered_once(log: MemoryLog) -> None:
@@ -209,7 +210,7 @@ def test_a_changed_partition_count_is_refused() -> None:
     first = worker_on(log)
     drain(first)
     first.close()
-    second = make_worker(log, NAMES, partitions=PARTITIONS + 1, clock=log.now)  # type: ignore[arg-type]
+    second = make_worker(log, NAMES, partitions=PARTITIONS + 1, clock=log.now, executor=AtOnce())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="partitions"):
         for _ in range(5):
             second.turn()
