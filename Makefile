@@ -10,7 +10,7 @@ SOURCES := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo setup check test kafka bench docs clean
+.PHONY: help demo setup check test sim kafka bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ check: $(DEV_STAMP) ## ruff and mypy
 
 test: check ## environment, ruff, mypy and every test that this machine can run, real Kafka included
 	$(BIN)/python -m pytest -m "not slow" -ra
+
+SEED ?=
+SEEDS ?= 5000
+sim: $(DEV_STAMP) ## the broker-free simulator: SEEDS=n of them, or SEED=n to replay one with its trace
+	$(BIN)/python tests/simulator.py $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
 kafka: $(DEV_STAMP) ## run a local Apache Kafka until Ctrl-C (needs Java 17 and, the first time, Maven)
 	$(BIN)/python tests/kafka_broker.py run

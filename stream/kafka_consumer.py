@@ -2,9 +2,9 @@
 
 Rebalances are cooperative. The library's I/O thread calls our listener, which only notes what came and went (and pauses
 what came); `poll` hands the notes out. Records count only if the group was stable with one generation from before the
-library's poll until after it; else they are put back, so that a proof of membership never belongs to another generation
-than its records. Newly assigned partitions are paused; where the owner resumes without a seek, the next poll places
-them by the committed position or the reset rule.
+library's poll until after it, and our listener has heard what that generation took away; else they are put back, so
+that a proof of membership never belongs to another generation than its records. Newly assigned partitions are paused;
+where the owner resumes without a seek, the next poll places them by the committed position or the reset rule.
 """
 
 from __future__ import annotations
@@ -163,6 +163,12 @@ class _PatientCoordinator(ConsumerCoordinator):  # type: ignore[misc]
     and its share lies idle until the broker throws it out.
     """
 
+    taken_generation = -1  # the newest one whose assignment our listener has heard in full
+
+    async def _on_join_complete_async(self, generation: int, *arguments: Any) -> None:
+        await super()._on_join_complete_async(generation, *arguments)
+        self.taken_generation = generation
+
     def need_rejoin(self) -> bool:
         return bool(self.rejoining or super().need_rejoin())
 
@@ -232,7 +238,14 @@ class KafkaConsumer:
         self._owned.update(assigned)
         self._held = (self._held & self._owned).union(assigned)
         self._unplaced = (self._unplaced & self._owned).union(assigned)
-        stable = before == group and group.member_id and not self._client._coordinator.rebalance_in_progress()
+        coordinator = self._client._coordinator
+        # The library has the new generation some time before our listener hears what was given up.
+        stable = (
+            group.member_id
+            and before == group
+            and coordinator.taken_generation == group.generation_id
+            and not coordinator.rebalance_in_progress()
+        )
         if assigned or revoked or not stable:
             for partition, found in records.items():
                 if partition in self._owned and found:

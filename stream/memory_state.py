@@ -47,7 +47,9 @@ class Transaction:
     transactional_id: str
     deadline_s: float
     logs: set[PartitionLog] = field(default_factory=set)
-    offsets: dict[str, dict[TopicPartition, tuple[int, Position]]] = field(default_factory=dict)  # by group: (when, what)
+    offsets: dict[str, dict[TopicPartition, tuple[int, Position]]] = field(
+        default_factory=dict
+    )  # (when, what) by group
     committed: bool | None = None  # None while it is open
     timed_out: bool = False
 

@@ -17,6 +17,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -60,7 +61,6 @@ _COUNTS = {
     "not_murmur2": "New users that are not where Kafka's default partitioner puts them",
     "not_crc32": "New users that are not where librdkafka's default partitioner puts them",
 }
-_QUIET = frozenset({"restoring"})  # events that tell of progress, not of a change
 _MARKDOWN_HEAD = """\
 # Metrics
 
@@ -172,6 +172,14 @@ class WorkerMetrics:
         )  # fmt: skip
         self._partitions = Gauge("driftline_partitions", "Partitions that run here", registry=registry)
         self._restoring = Gauge("driftline_partitions_restoring", "Partitions on their way in", registry=registry)
+        self._restored = Gauge(
+            "driftline_restored_share", "How much of a partition's state has been read back, 0..1", ["partition"],
+            registry=registry,
+        )  # fmt: skip
+        self._restore_eta = Gauge(
+            "driftline_restore_eta_seconds", "Time until a partition's state is read back, an estimate", ["partition"],
+            registry=registry,
+        )  # fmt: skip
         self._users = Gauge("driftline_users", "Users held in memory", registry=registry)
         self._lag = Gauge("driftline_lag_records", "Input records not read yet, an estimate", registry=registry)
         self._version = Gauge("driftline_weights_version", "Version of the weights in use", registry=registry)
@@ -226,8 +234,18 @@ class WorkerMetrics:
 
     def event(self, name: str, **facts: object) -> None:
         self._happened.labels(name).inc()
-        level = logging.DEBUG if name in _QUIET else logging.WARNING if "error" in facts else logging.INFO
-        log.log(level, "event=%s %s", name, _pairs(facts))
+        log.log(logging.WARNING if "error" in facts else logging.INFO, "event=%s %s", name, _pairs(facts))
+        partition = facts.get("partition")
+        if name == "restoring":
+            self._restored.labels(partition).set(float(str(facts["share"])))
+            self._restore_eta.labels(partition).set(float(str(facts["eta_s"])))
+        elif name == "partition_running":
+            self._restored.labels(partition).set(1.0)
+            self._restore_eta.labels(partition).set(0.0)
+        elif name == "partition_dropped":
+            for gauge in (self._restored, self._restore_eta):
+                with suppress(KeyError):
+                    gauge.remove(partition)
 
     def owned(self, partitions: Sequence[int], users: int, restoring: int, lag_records: int) -> None:
         self._partitions.set(len(partitions))

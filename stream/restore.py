@@ -10,6 +10,7 @@ could rewind the group. Never "until position == end": the end may be a marker t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from stream import changelog
 from stream.changelog import Kind
@@ -18,9 +19,20 @@ from stream.errors import Corrupt, Retryable
 from stream.state import Arena
 from stream.transport import TopicPartition, Transport
 
-OnProgress = Callable[[int, int, int], None]  # partition, blocks read, offset; the log's length is not known exactly
+OnProgress = Callable[["RestoreProgress"], None]
+PROGRESS_INTERVAL_S = 1.0
 _READ_RECORDS = 64
 _READ_TIMEOUT_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreProgress:
+    """How far a restore has come. `share` is by offsets, 0..1; `eta_s` goes by the pace so far."""
+
+    partition: int
+    share: float
+    bytes: int
+    eta_s: float
 
 
 def write_barrier(
@@ -71,7 +83,9 @@ def restore(
     tp = TopicPartition(topic, partition)
     reader = transport.reader()
     try:
-        offset, blocks, last_progress_s = 0, 0, clock()
+        head, end = reader.bounds(tp)
+        offset = head
+        start_s = last_progress_s = told_s = clock()
         while not cancelled():
             records = reader.read(tp, offset, _READ_TIMEOUT_S, _READ_RECORDS)
             for record in records:
@@ -85,11 +99,13 @@ def restore(
                     return state
                 fold(engine, state, block)
                 state.log_bytes += len(record.value)
-                blocks += 1
             if records:
                 last_progress_s = clock()
-                if on_progress is not None:
-                    on_progress(partition, blocks, offset)
+                if on_progress is not None and last_progress_s >= told_s + PROGRESS_INTERVAL_S:
+                    told_s = last_progress_s
+                    share = min(1.0, (offset - head) / max(1, end - head))
+                    eta_s = (told_s - start_s) * (1 - share) / max(share, 1e-9)
+                    on_progress(RestoreProgress(partition=partition, share=share, bytes=state.log_bytes, eta_s=eta_s))
             elif clock() - last_progress_s > timeout_s:
                 raise Retryable(
                     f"{topic}-{partition}: the barrier did not become visible within {timeout_s:.0f} s; "

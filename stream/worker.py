@@ -502,8 +502,12 @@ class Worker:
             timeout_s=parts.settings.restore_timeout_s,
             clock=parts.clock,
             cancelled=cancelled.is_set,
-            on_progress=lambda p, blocks, offset: parts.observer.event(
-                "restoring", partition=p, blocks=blocks, offset=offset
+            on_progress=lambda at: parts.observer.event(
+                "restoring",
+                partition=at.partition,
+                share=round(at.share, 4),
+                bytes=at.bytes,
+                eta_s=round(at.eta_s, 1),
             ),
         )
 

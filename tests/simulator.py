@@ -9,10 +9,13 @@ the simulator may kill it there, lose the call, hide its success, or leave it st
 restores, run on, for a moment (a slow commit) or until its session is over (a zombie). Then the faults end, the workers
 drain the input, and the oracle judges:
 
-    I1-I3  each input one result, none twice, every user's chain whole       I4  arena == fold(changelog) == fold(inputs)
-    I5  positions never go back      I6  results visible == inputs committed, at every moment without an open transaction
+    I1-I3  each input has one result, none twice, every user's chain is whole
+    I4  arena == fold(changelog) == fold(inputs)
+    I5  positions never go back
+    I6  results visible == inputs committed, at every moment without an open transaction
     I8  progress within 2 x (session + transaction timeout) after the last fault
-    I9  versions of weights exist and do not go back in a partition           I10  counts of the faults that bit
+    I9  versions of weights exist and do not go back in a partition
+    I10  counts of the faults that bit
 """
 
 from __future__ import annotations

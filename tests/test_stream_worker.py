@@ -285,3 +285,157 @@ def test_the_state_log_stays_short(log: MemoryLog, traffic: str) -> None:
         reader = log.reader()
         kept = reader.read(TopicPartition("state", partition), 0, 0, 10**6)
         assert state.log_bytes <= sum(len(r.value or b"") for r in kept)
+
+
+@pytest.mark.parametrize("point", ["poll", "committed", "bounds", "read", "delete"])
+def test_a_look_up_that_fails_loses_nothing(log: MemoryLog, point: str) -> None:
+    """What was polled before a later poll, a look-up or a deletion failed comes again: nothing is passed over."""
+    rng = random.Random(point)
+    fill(log, rng, 200)
+    bitten = 0
+
+    def faults(at: str, who: str) -> Fault | None:
+        nonlocal bitten
+        if at == point and rng.random() < 0.2:
+            bitten += 1
+            return rng.choice([Fault.LOSE, Fault.HIDE])
+        return None
+
+    log.faults = faults
+    for life in range(4):
+        fill(log, rng, 150)
+        worker = worker_on(log, settings={"batch_wait_s": 0.01, "batch_events_max": 12, "retries_max": 100})
+        drain(worker)
+        if life < 3:
+            worker.close()
+    log.faults = None
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert bitten > 1, "the fault did not bite"
+    assert verdict.problems == [] and len(inputs) == 800
+    assert check_arena(worker, inputs) == []
+
+
+def test_a_dead_letter_of_a_broken_record_that_is_void_comes_again(log: MemoryLog) -> None:
+    """A record that breaks the engine, whose own commit fails: what follows it must not be committed before it."""
+
+    class Fragile(DigestEngine):
+        def process(self, states, inputs):  # type: ignore[no-untyped-def]
+            if any(record.key == b"boom" for records in inputs.values() for record in records):
+                raise ZeroDivisionError("boom")
+            return super().process(states, inputs)
+
+    rng = random.Random(9)
+    for number in range(120):
+        key, value, timestamp_ms = digest_event("boom" if number % 10 == 5 else f"a{number % 7}", number)
+        log.append("events", 0, iter([(key, value, timestamp_ms)]))
+    bitten = 0
+
+    def faults(at: str, who: str) -> Fault | None:
+        nonlocal bitten
+        if at == "commit" and who == "app.0" and rng.random() < 0.4:
+            bitten += 1
+            return Fault.LOSE
+        return None
+
+    log.faults = faults
+    drain(worker_on(log, engine=Fragile(epoch_records=70)))
+    verdict, _ = verdict_of(log, NAMES, PARTITIONS)
+    assert bitten > 0 and (verdict.dead_letters, verdict.outputs, verdict.problems) == (12, 108, [])
+
+
+def test_an_outcome_that_stays_open_is_waited_for(log: MemoryLog) -> None:
+    """A commit that happened, and a log that does not say so at once: the batch is merged, not forgotten."""
+    fill(log, random.Random(10), 200)
+    failing = 0
+
+    def faults(at: str, who: str) -> Fault | None:
+        nonlocal failing
+        if at == "commit" and who == "app.0" and not failing:
+            failing = 4
+            return Fault.HIDE
+        if at == "committed" and failing > 1:
+            failing -= 1
+            return Fault.LOSE
+        return None
+
+    observer = Counting()
+    worker = worker_on(log, observer=observer)
+    for _ in range(5):
+        worker.turn()
+    log.faults = faults
+    drain(worker)
+    log.faults = None
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert observer.events["outcome_open"] == 3 and observer.outcomes["committed"] == 1
+    assert verdict.problems == [] and check_arena(worker, inputs) == []
+
+
+def test_failures_of_an_idle_worker_do_not_add_up(log: MemoryLog) -> None:
+    """A poll that fails now and then, with no commit between, is not a row of failures."""
+    worker = worker_on(log, settings={"retries_max": 3})
+    drain(worker)
+    polls = 0
+
+    def faults(at: str, who: str) -> Fault | None:
+        nonlocal polls
+        polls += at == "poll"
+        return Fault.LOSE if at == "poll" and polls % 2 else None
+
+    log.faults = faults
+    for _ in range(40):
+        worker.turn()
+    assert polls > 30
+
+
+def test_records_of_an_older_generation_are_not_committed_under_a_newer_proof(log: MemoryLog) -> None:
+    """The group moves on between two polls of one batch: the batch is put back, not committed with the later proof."""
+    fill(log, random.Random(11), 300, poison=0.0)
+    worker = worker_on(log, settings={"batch_wait_s": 5.0, "batch_events_max": 200})
+    for _ in range(5):
+        worker.turn()
+        if len(worker.states) == PARTITIONS:
+            break
+    joined = []
+
+    def faults(at: str, who: str) -> Fault | None:
+        if at == "poll" and worker._pending and not joined:
+            joined.append(log.consumer(group="app", topics=NAMES.events))
+        return None
+
+    log.faults = faults
+    fill(log, random.Random(12), 100, poison=0.0)
+    for _ in range(20):
+        worker.turn()
+        if joined:
+            break
+    assert joined and worker._pending == {}
+    log.faults = None
+    joined[0].close()
+    drain(worker)
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert verdict.problems == [] and len(inputs) == 400
+
+
+def test_a_restore_tells_how_far_it_is(log: MemoryLog) -> None:
+    """Share and time left, at most once a second, never above 1."""
+    from stream.restore import RestoreProgress, restore
+
+    fill(log, random.Random(13), 3_000, poison=0.0)
+    drain(worker_on(log, settings={"batch_events_max": 5}, log_bytes_min=10**9), turns=3_000)
+    told: list[RestoreProgress] = []
+    ticks = iter(range(10**6))
+    state = restore(
+        log,
+        engine=DigestEngine(),
+        topic=NAMES.state,
+        partition=0,
+        transactional_id="other",
+        nonce=b"n",
+        timeout_s=1e9,
+        clock=lambda: float(next(ticks)),
+        on_progress=told.append,
+    )
+    assert state is not None and len(told) > 2
+    shares = [at.share for at in told]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1
+    assert told[-1].eta_s < told[0].eta_s and told[0].bytes < told[-1].bytes <= state.log_bytes
