@@ -457,7 +457,7 @@ def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
 
 def _rule(choice: Choice, settings: ShiftSettings, own_and_foreign: tuple[F64, F64]) -> Rule:
     rule = _plain(choice, settings)
-    if not choice.features:
+    if not choice.features or not all(map(len, own_and_foreign)):  # nothing to learn from, e.g. users of one visit each
         return rule
     coefficients = fit(*own_and_foreign, choice.features)
     return msgspec.structs.replace(
