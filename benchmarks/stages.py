@@ -1,6 +1,6 @@
 """What one event costs, stage by stage, without a log: the pipeline on the benchmarks' workload, in this process.
 
-    python benchmarks/stages.py [--events 100000]
+    python benchmarks/stages.py [--events 700000]
 
 Prints microseconds an event. `read` and `commit` of a log are not in it; throughput.py has the whole.
 """
@@ -15,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,8 +46,12 @@ def timed(spent: dict[str, float], stage: str, function: Callable[..., Any]) -> 
     return wrapped
 
 
-def stages_us(events: int = 150_000, users: int = 100_000, warm: int = 50_000) -> dict[str, float]:
-    """Microseconds an event by stage, after `warm` events, in batches of 4,096 of one partition."""
+def stages_us(events: int = 700_000, users: int = 100_000, warm: int = 500_000) -> dict[str, float]:
+    """Microseconds an event by stage, after `warm` events, in batches of 4,096 of one partition.
+
+    Warm: until then most users are new, and a new user always gets a forecast.
+    """
+    torch.set_num_threads(1)
     work = workload(events, users=users)
     records = [
         LogRecord("events", 0, i, time_ms, key, value)
@@ -89,7 +95,7 @@ def stages_us(events: int = 150_000, users: int = 100_000, warm: int = 50_000) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=150_000)
+    parser.add_argument("--events", type=int, default=700_000)
     print(json.dumps(stages_us(parser.parse_args().events)))
 
 

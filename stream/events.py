@@ -198,7 +198,7 @@ class EventDecoder:
                     event = None
             if (
                 event is not None
-                and event.user == users.get(key)
+                and event.user == users.get(key or b"")
                 and type(event.interest) is str
                 and event.interest in interests
                 and type(event.time) is int

@@ -253,15 +253,18 @@ class Pipeline:
             after_BH[snapshot.event_E], snapshot, None, steps=settings.steps, top_k=settings.top_k
         )
         name = self._namer(part)
+        type_EK = np.argsort(-forecast.type_probability_ET, axis=1)[:, :_TYPES]
+        type_share_EK = np.take_along_axis(forecast.type_probability_ET, type_EK, axis=1).astype(np.float64)
         rows = zip(
             snapshot.event_E.tolist(),
             forecast.interest_ENK.tolist(),
             np.round(forecast.probability_ENK.astype(np.float64), 5).tolist(),
-            forecast.type_probability_ET,
+            type_EK.tolist(),
+            np.round(type_share_EK, 4).tolist(),
             strict=True,
         )
         outputs = []
-        for b, interests_NK, shares_NK, types_T in rows:
+        for b, interests_NK, shares_NK, types_K, type_shares_K in rows:
             record = out.Forecast(
                 id=_id(part, b),
                 user=part.decoded.users[b],
@@ -273,7 +276,7 @@ class Pipeline:
                     out.ForecastStep(n, [out.Candidate(name(i), p) for i, p in zip(keys, shares, strict=True) if i])
                     for n, (keys, shares) in enumerate(zip(interests_NK, shares_NK, strict=True), 1)
                 ],
-                next_types={type_name(t): round(float(types_T[t]), 4) for t in np.argsort(-types_T)[:_TYPES].tolist()},
+                next_types={type_name(t): p for t, p in zip(types_K, type_shares_K, strict=True)},
             )
             outputs.append(_output("forecasts", part, b, record))
         return outputs
@@ -354,12 +357,14 @@ class Pipeline:
         """Names of interests: what the batch, the partition or the vocabulary knows; else the key in hexadecimal."""
         here, partition, vocabulary = part.decoded.interest_names, part.state.groups.names, self.forecaster.name
 
-        def name(key: int) -> str:
-            if not key:
-                return "(others)"
-            return here.get(key) or partition.get(key) or vocabulary(key) or f"#{key:08x}"
+        class Names(dict[int, str]):
+            """Each is looked up once a batch."""
 
-        return name
+            def __missing__(self, key: int) -> str:
+                self[key] = here.get(key) or partition.get(key) or vocabulary(key) or f"#{key:08x}"
+                return self[key]
+
+        return Names({0: "(others)"}).__getitem__
 
 
 def _rates(part: _Part) -> dict[str, Any]:
