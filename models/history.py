@@ -54,6 +54,24 @@ class Users:
         rows[fresh] = new_rows
         return rows.astype(np.int64)
 
+    def erase(self, key: int) -> int:
+        """Remove a user; the sequence number of his newest event, or -1 if he is not here."""
+        wanted = np.array([key], np.uint64)
+        row = int(self._index.find(wanted)[0])
+        if row < 0:
+            return _NONE
+        newest = int(self.last_event[row])
+        self._used -= 1
+        moved = self.records["key"][[self._used]]  # the last row takes the place of the one that goes
+        self._index.remove(wanted)
+        if row != self._used:
+            self._index.remove(moved)
+            self._index.insert(moved, np.array([row], np.int32))
+            self.records[row], self.last_event[row] = self.records[self._used], self.last_event[self._used]
+        self.records[self._used] = np.zeros((), USER)
+        self.last_event[self._used] = _NONE
+        return newest
+
     def _forget(self, wanted: U64) -> None:
         """Keep the users that were seen last, and those that are wanted now."""
         last = np.where(np.isin(self.records["key"][: self._used], wanted), np.iinfo(np.int64).max, 0)
@@ -125,6 +143,22 @@ class History:
             getattr(self._snapshot, name)[row_B] = getattr(before, name)
         self.end += len(events)
         return number_B
+
+    def erase(self, newest: int) -> I64:
+        """Blank a user's events, from his newest one back; their sequence numbers."""
+        gone: list[int] = []
+        while newest >= self.first and len(gone) < self.capacity:
+            gone.append(newest)
+            newest = int(self.previous[newest % self.capacity])
+        number_E = np.array(gone, np.int64)
+        row_E = number_E % self.capacity
+        for name in ("digest", "interest", "item", "type", "number", "gap_s", "hidden", "learned", "lift"):
+            getattr(self, name)[row_E] = 0
+        self.lift_candidate[row_E] = 0
+        self.follower[row_E] = self.previous[row_E] = _NONE
+        for name in Snapshot.__slots__:
+            getattr(self._snapshot, name)[row_E] = 0
+        return number_E
 
     def snapshot(self, row_E: I64) -> Snapshot:
         """The users' records before these events."""

@@ -90,6 +90,16 @@ class _Waiting:
                 self.ranges.appendleft((stop, end))
         return np.concatenate(taken) if taken else np.zeros(0, np.int64)
 
+    def drop(self, number_E: I64) -> int:
+        """Take these out, wherever they wait; how many of them waited."""
+        waiting = self.all()
+        left = np.setdiff1d(waiting, number_E)
+        if len(left) < len(waiting):
+            self.ranges.clear()
+            for part in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if len(left) else []:
+                self.add(int(part[0]), int(part[-1]) + 1)
+        return len(waiting) - len(left)
+
     def all(self) -> I64:
         return np.concatenate([np.arange(*r) for r in self.ranges]) if self.ranges else np.zeros(0, np.int64)
 
@@ -228,6 +238,19 @@ class Learner:
         if excess > 0:
             self._count(self._waiting.take(excess))
             self._shed += excess
+
+    def forget(self, keys: U64) -> int:
+        """Erase users: record, histories, and events that wait to be learned. What the weights took from them stays.
+
+        Returns:
+            How many of them were here.
+        """
+        count = 0
+        for key in keys.tolist():
+            newest = self._users.erase(key)
+            count += newest >= 0
+            self._waiting.drop(self._history.erase(newest))
+        return count
 
     # ------------------------------------------------------------------ gradients
 

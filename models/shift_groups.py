@@ -256,6 +256,14 @@ class GroupTable:
         self._added = np.concatenate([self._added, np.zeros(len(keys), np.int64)])
         self._index.insert(keys, np.arange(first, first + len(keys), dtype=np.int32))
 
+    def knows(self, user_keys: U64) -> bool:
+        """Whether a history of one of these users may be kept here for calibration."""
+        return bool(np.any((user_keys >> np.uint64(64 - SHADOW_BITS)) < self.shadow_limit))
+
+    def erase(self, user_keys: U64) -> None:
+        """Drop the histories of these users."""
+        self.shadow = self.shadow.keep(~np.isin(self.shadow.key, user_keys))
+
     # ------------------------------------------------------------------ epochs
 
     def cut(self) -> GroupTable:

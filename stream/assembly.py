@@ -19,6 +19,7 @@ from stream.checkpoint import TopicNames
 from stream.config import Config, topic_names
 from stream.errors import ConfigError, Corrupt, Retryable
 from stream.events import EventDecoder
+from stream.eviction import Bounds
 from stream.start import EARLIEST, Start
 from stream.transport import TopicSpec, Transport
 from stream.weights import WeightsFeed
@@ -46,6 +47,7 @@ def names_of(config: Config) -> TopicNames:
         state=names["state"],
         weights=names["weights"],
         outputs={stream: names[stream] for stream in OUTPUTS},
+        control=names["control"],
     )
 
 
@@ -62,7 +64,7 @@ def topic_specs(config: Config) -> list[TopicSpec]:
         "max.message.bytes": str(block_bytes),
         "segment.bytes": str(topics.segment_bytes),
     }
-    plain = [*topics.events, *(names[role] for role in (*OUTPUTS, "labels"))]
+    plain = [*topics.events, *(names[role] for role in (*OUTPUTS, "labels", "control"))]
     return [TopicSpec(name=name, partitions=topics.partitions, settings=kept) for name in plain] + [
         TopicSpec(name=names[role], partitions=topics.partitions, settings=internal) for role in ("state", "weights")
     ]
@@ -153,6 +155,7 @@ def make_decoder(config: Config) -> EventDecoder:
 
 def pipeline_settings(config: Config, quality_share: float | None = None) -> PipelineSettings:
     """The pipeline's part of the configuration; `quality_share` in place of the configured one."""
+    from models.profile import USER
     from stream.pipeline import PipelineSettings
 
     shift = config.shift
@@ -165,6 +168,11 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
         quality_share=config.worker.quality_share if quality_share is None else quality_share,
         epoch_records=config.worker.epoch_events,
         partitions=config.topics.partitions,
+        bounds=Bounds(
+            ttl_ms=int(config.state.ttl_h * 3_600_000),
+            users_max=-(-config.state.bytes_max // USER.itemsize),
+        ),
+        control=topic_names(config)["control"],
     )
 
 
@@ -273,6 +281,7 @@ def make_learner(
     """
     from models.learner import Learner
     from stream.learning import LearnerLoop, LearnerPace
+    from stream.orders import Erasures
 
     process, names = config.learner, names_of(config)
 
@@ -310,6 +319,7 @@ def make_learner(
         sleep=stop.wait,
         nonce=lambda: os.urandom(16).hex(),
         start=start,
+        erasures=Erasures(transport.reader(), names.control, config.topics.partitions),
     )
 
 

@@ -5,7 +5,8 @@ A transaction writes the records it touched as a few packed blocks, each one rec
     offset  size  field
          0     4  magic "DLB1"
          4     2  format version
-         6     1  kind: 1 users, 2 tombstones, 3 groups (a whole table), 4 group delta, 5 barrier, 6 format
+         6     1  kind: 1 users, 2 tombstones, 3 groups (a whole table), 4 group delta, 5 barrier, 6 format,
+                     7 erased: tombstones of users that were to be forgotten; older blocks are rewritten soon
          7     1  reserved, 0
          8     4  partition
         12     4  block number, ascending in a partition (0 for a barrier)
@@ -51,11 +52,12 @@ class Kind(enum.IntEnum):
     GROUP_DELTA = 4
     BARRIER = 5
     FORMAT = 6
+    ERASED = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """One decoded block. `records` for USERS and TOMBSTONES (field `key` only), `payload` for the other kinds."""
+    """One decoded block. `records` for USERS, TOMBSTONES and ERASED (these: `key` only), `payload` for the others."""
 
     kind: Kind
     partition: int
@@ -121,7 +123,7 @@ def decode(value: bytes, where: str) -> Block:
     if crc32c.crc32c(value[_HEAD_BYTES:], crc32c.crc32c(value[: _HEADER.size])) != checksum:
         raise Corrupt(f"{where}: the state block fails its checksum; restore the topic or start with a new app.name")
     body = memoryview(value)[_HEAD_BYTES + fields_length :]
-    if kind not in (Kind.USERS, Kind.TOMBSTONES):
+    if kind not in (Kind.USERS, Kind.TOMBSTONES, Kind.ERASED):
         return Block(kind=Kind(kind), partition=partition, number=number, records=None, payload=bytes(body))
     dtype = _dtype(value[_HEAD_BYTES : _HEAD_BYTES + fields_length])
     if count * dtype.itemsize != len(body):

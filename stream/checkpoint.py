@@ -61,12 +61,18 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopicNames(msgspec.Struct, frozen=True, kw_only=True):
-    """The real names of an application's topics. `outputs` maps an output stream to its topic."""
+    """The real names of an application's topics. `outputs` maps a stream to its topic; `control` may be none."""
 
     events: tuple[str, ...]
     state: str
     weights: str
     outputs: Mapping[str, str]
+    control: str = ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a worker consumes: events, and the orders to it."""
+        return (*self.events, self.control) if self.control else self.events
 
 
 class Checkpoint:
@@ -134,7 +140,8 @@ class Checkpoint:
         values = list(changelog.pack(Kind.USERS, partition, first, step.records, self._block_bytes_max))
         if step.gone is not None and len(step.gone):
             keys = np.array(step.gone, np.uint64).view([("key", "<u8")])
-            values.append(changelog.encode(Kind.TOMBSTONES, partition, first + len(values), keys))
+            kind = Kind.ERASED if step.erased else Kind.TOMBSTONES
+            values += changelog.pack(kind, partition, first + len(values), keys, self._block_bytes_max)
         if step.groups_after is not None:
             step.groups_block = first + len(values)
             values.append(changelog.encode(Kind.GROUPS, partition, step.groups_block, step.groups_after.snapshot()))

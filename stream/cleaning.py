@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LOG_BYTES_MIN = 4_000_000  # shorter logs are left alone: there is nothing to gain
 BLOCKS_PER_BATCH_MAX = 8
+ERASED_BLOCKS_PER_BATCH = 1  # of a log that is short enough, but may hold users that were to be forgotten
 _READ_BLOCKS = 8
 
 
@@ -77,8 +78,9 @@ class Cleaner:
         live_bytes = len(state.arena) * state.arena.dtype.itemsize
         head = self._heads.setdefault(step.partition, _Head())
         log_bytes = state.log_bytes - head.owed
-        for _ in range(BLOCKS_PER_BATCH_MAX):
-            if log_bytes <= max(self._log_bytes_min, self._factor * live_bytes):
+        for cleaned in range(BLOCKS_PER_BATCH_MAX):
+            too_long = log_bytes > max(self._log_bytes_min, self._factor * live_bytes)
+            if not too_long and (not state.rewrite_below or cleaned >= ERASED_BLOCKS_PER_BATCH):
                 return
             try:
                 found = self._next(step.partition, head)
@@ -89,6 +91,10 @@ class Cleaner:
             if found is None:
                 return
             offset, size, block = found
+            if not too_long and block.number >= state.rewrite_below:
+                head.ahead.appendleft(found)
+                state.rewrite_below = 0  # the oldest block is newer than the erasure
+                return
             self._rewrite(state, step, block)
             head.before = offset + 1
             head.freed += size

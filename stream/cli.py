@@ -578,6 +578,26 @@ def user(
         print(printable(line))
 
 
+@command(app)
+def forget(
+    given: Given,
+    user_id: Annotated[str, typer.Argument(metavar="ID", help="The user id, as it stands in the events.")],
+) -> None:
+    """Erase what is known of a user: workers and learner drop the record, histories and older state blocks.
+
+    Example: driftline forget u000017
+    """
+    from stream.assembly import make_decoder
+    from stream.orders import forget as order
+
+    config = given.load().config
+    log_to(config.app, "forget")
+    make_decoder(config)  # its checks of state.hash_key
+    with _opened(config, existing=True) as transport:
+        told = order(transport, config, user_id, int(time.time() * 1_000))
+    print(f"ordered in all {told} partitions; each worker erases when it has consumed what is there now")
+
+
 # ---------------------------------------------------------------------------------------------------- around it
 
 

@@ -117,6 +117,9 @@ class TopicSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     metrics: Annotated[str, Meta(description="counts and quality of each transaction", pattern=NAME_PATTERN)] = (
         "metrics"
     )
+    control: Annotated[str, Meta(description="orders to the workers: erasures of users", pattern=NAME_PATTERN)] = (
+        "control"
+    )
     labels: Annotated[str, Meta(description="verdicts on warnings and alerts", pattern=NAME_PATTERN)] = "labels"
     state: Annotated[str, Meta(description="users' states in packed blocks; internal", pattern=NAME_PATTERN)] = "state"
     weights: Annotated[str, Meta(description="versions of the network's weights; internal", pattern=NAME_PATTERN)] = (
@@ -210,6 +213,22 @@ class StateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     block_bytes_max: Annotated[
         int, Meta(description="size of one record of the `state` topic, bytes", ge=10_000, le=100_000_000)
     ] = 900_000
+    ttl_h: Annotated[
+        float,
+        Meta(
+            description="a user is forgotten at the end of an epoch when his partition's newest event is this much "
+            "later than his own, hours of event time; 0 = never",
+            ge=0,
+        ),
+    ] = 0.0
+    bytes_max: Annotated[
+        int,
+        Meta(
+            description="users' records of one partition, bytes: above it the longest silent users are forgotten at "
+            "the end of an epoch; 0 = no limit",
+            ge=0,
+        ),
+    ] = 0
     cleaning_factor: Annotated[
         float, Meta(description="a partition's state log is cleaned above this many times its live bytes", ge=1.5)
     ] = 3.0
@@ -286,7 +305,17 @@ def topic_names(config: Config) -> dict[str, str]:
     topics = config.topics
     return {
         role: topics.prefix + getattr(topics, role)
-        for role in ("forecasts", "alerts", "warnings", "dead_letters", "metrics", "labels", "state", "weights")
+        for role in (
+            "forecasts",
+            "alerts",
+            "warnings",
+            "dead_letters",
+            "metrics",
+            "labels",
+            "control",
+            "state",
+            "weights",
+        )
     }
 
 

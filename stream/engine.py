@@ -32,6 +32,7 @@ class PartitionState:
         next_block: number of the next state block.
         groups_block: number of the newest block that holds the whole group table; 0 = none does.
         log_bytes: length of the partition's state log, bytes of blocks.
+        rewrite_below: blocks below this number may hold users that were to be forgotten; 0 = none do.
     """
 
     arena: Arena
@@ -41,6 +42,7 @@ class PartitionState:
     next_block: int = 1
     groups_block: int = 0
     log_bytes: int = 0
+    rewrite_below: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,8 @@ class PartitionStep:
         records: the touched users' new records.
         group_delta: what the batch adds to the groups; empty if nothing.
         groups_after: at an epoch cut, the whole new table instead of a delta.
-        gone: keys of users that are forgotten.
+        gone: keys of users that are forgotten; none of them has a record in the step.
+        erased: some of them by order: then older blocks are rewritten soon.
         next_block, groups_block, block_bytes: said by the commit: the number after the step's blocks, that of its whole
             group table (0 = it has none), and the length of all its blocks.
     """
@@ -78,6 +81,7 @@ class PartitionStep:
     group_delta: bytes = b""
     groups_after: Groups | None = None
     gone: np.ndarray[Any, Any] | None = None
+    erased: bool = False
     metrics: BatchMetrics | None = None
     next_block: int = 0
     groups_block: int = 0
@@ -112,6 +116,7 @@ def merge(engine: Engine, state: PartitionState, step: PartitionStep) -> None:
     """Make a committed step the partition's state."""
     if step.gone is not None and len(step.gone):
         state.arena.remove(step.gone)
+        state.rewrite_below = state.next_block if step.erased else state.rewrite_below
     if len(step.records):
         state.arena.merge(step.records)
     if step.groups_after is not None:

@@ -17,17 +17,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from stream import weights
 from stream.checkpoint import TopicNames
 from stream.errors import ConfigError, LostPosition, Rebalanced, Retryable
 from stream.events import Decoded, EventDecoder
+from stream.orders import Erasures
 from stream.start import EARLIEST, Start
 from stream.transport import GroupConsumer, LogReader, Position, Producer, Record, TopicPartition, Transport
 
 log = logging.getLogger(__name__)
 
 BARRIER_TIMEOUT_S = 60.0
+ORDERS_INTERVAL_S = 5.0
 FAR_BEHIND_TURNS = 8  # more turns' worth of records to read than this: gradients are shed
 _REBUILD_READ_RECORDS = 5_000
 
@@ -41,6 +44,7 @@ class LearnerModel(Protocol):
         self, user_key_B: Any, events: Any, names: Mapping[int, str], *, learn: bool = True, id_hash_B: Any = None
     ) -> None: ...
     def learn(self, max_steps: int) -> Any: ...
+    def forget(self, keys: Any) -> int: ...
     def weights_bytes(self) -> bytes:
         """The next version, serialised; `version` is its number from now on."""
 
@@ -106,17 +110,19 @@ class LearnerLoop:
         sleep: Callable[[float], object],
         nonce: Callable[[], str],
         start: Start = EARLIEST,
+        erasures: Erasures | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._transport, self._topics, self._pace, self._decoder = transport, topics, pace, decoder
         self._fresh, self._restore, self._observer = fresh, restore, observer
         self._clock, self._sleep, self._nonce, self._start, self._on_step = clock, sleep, nonce, start, on_step
+        self._erasures = erasures
         self._id = f"{app}.learner"
         self._failures = 0
         self._positions: dict[TopicPartition, int] = {}
         self._dirty = False
         self._publishing = False
-        self._next_lag_s = 0.0
+        self._next_lag_s = self._next_orders_s = 0.0
         self._lag_records = 0
         self._producer: Producer = transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset="none")
@@ -169,6 +175,8 @@ class LearnerLoop:
         self._consumer.close()
         self._producer.close()
         self._feed.close()
+        if self._erasures is not None:
+            self._erasures.close()
 
     def _abort(self) -> None:
         """Close the transaction that a rebalance made void, if one is open."""
@@ -185,9 +193,19 @@ class LearnerLoop:
         if now_s >= self._next_lag_s:  # a round trip to the log
             self._next_lag_s = now_s + 1.0
             self._lag_records = sum(self._consumer.lag().values())
+        if now_s >= self._next_orders_s:
+            self._next_orders_s = now_s + ORDERS_INTERVAL_S
+            self._heed_orders()
         return (
             1 if self._lag_records > FAR_BEHIND_TURNS * self._pace.batch_events_max else self._pace.steps_per_turn_max
         )
+
+    def _heed_orders(self) -> None:
+        """Erase the users of new orders; their older events are not learned from any more."""
+        keys = set() if self._erasures is None else self._erasures.poll()
+        if keys:
+            found = self.model.forget(np.array(sorted(keys), np.uint64))
+            self._observer.event("users_erased", orders=len(keys), found=found)
 
     def _read(self) -> bool:
         try:
@@ -212,6 +230,12 @@ class LearnerLoop:
 
     def _observe(self, records: Sequence[Record], *, learn: bool) -> None:
         decoded: Decoded = self._decoder.decode(records)  # dead letters are the worker's business
+        if self._erasures is not None and len(self._erasures):
+            erased = [
+                self._erasures.erased(*event)
+                for event in zip(decoded.user_key_B.tolist(), decoded.records, strict=True)
+            ]
+            decoded = decoded.keep(~np.array(erased, np.bool_))
         if len(decoded):
             self.model.observe(
                 decoded.user_key_B,
@@ -279,6 +303,8 @@ class LearnerLoop:
 
         Our producer has fenced every older learner; what one of them committed lies before our mark.
         """
+        if self._erasures is not None:
+            self._erasures.poll()  # before histories are rebuilt from events that are still in their topic
         nonce = self._nonce()
         weights.send_barrier(self._producer, self._topics.weights, nonce)
         newest = self._feed.until(nonce, BARRIER_TIMEOUT_S, self._clock)

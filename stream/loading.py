@@ -177,6 +177,11 @@ def _check_sense(config: Config) -> None:
             f"topics.retention_h is {config.topics.retention_h}: records would be deleted before they are read; use "
             f"{RETENTION_H_MIN} and more, or -1 for ever"
         )
+    if 0 < config.state.ttl_h * 3_600 <= config.events.future_max_s:
+        raise ConfigError(
+            "state.ttl_h must be longer than events.future_max_s, or one event from a clock that runs ahead makes "
+            "every other user look silent"
+        )
     if config.network.vector_length not in (0, config.events.vector_length):
         raise ConfigError(
             f"network.vector_length is {config.network.vector_length} and events.vector_length is "

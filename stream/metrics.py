@@ -58,6 +58,8 @@ _COUNTS = {
     "monitored": "Events at which an alarm could have come, under calibrated thresholds",
     "alarms": "Alarms of users under calibrated thresholds",
     "expected_alarms": "Alarms that the requested rate gives for the monitored events",
+    "evicted": "Users forgotten by the bounds of state.ttl_h and state.bytes_max",
+    "erased": "Users forgotten by order",
     "not_murmur2": "New users that are not where Kafka's default partitioner puts them",
     "not_crc32": "New users that are not where librdkafka's default partitioner puts them",
 }
@@ -201,8 +203,9 @@ class WorkerMetrics:
         failed = sum(len(s.outputs) for s in turn.steps if s.metrics is None)  # each is one dead letter
         self._counts["records"].inc(failed)
         self._counts["dead_letters"].inc(failed)
-        self._batches.observe(sum(m.records for m in counted) + failed)
-        self._stages.labels("process").observe(turn.process_s)
+        if counted or failed:  # else a step without input: a beginning that is committed, an erasure that is rewritten
+            self._batches.observe(sum(m.records for m in counted) + failed)
+            self._stages.labels("process").observe(turn.process_s)
         self._stages.labels("commit").observe(turn.commit_s)
         for m in counted:
             self._quality(m)

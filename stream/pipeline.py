@@ -31,6 +31,8 @@ from stream import records as out
 from stream.engine import Output, PartitionState, PartitionStep
 from stream.errors import BadEvent
 from stream.events import Decoded, EventDecoder, EventSettings, refuse
+from stream.eviction import UNBOUNDED, Bounds, silent
+from stream.orders import read_order
 from stream.partition import misplaced
 from stream.records import BatchMetrics
 from stream.state import Records
@@ -60,6 +62,8 @@ class PipelineSettings:
     quality_share: float
     epoch_records: int
     partitions: int = 1
+    bounds: Bounds = UNBOUNDED
+    control: str = ""  # the topic of orders, which come with the events
     first_epoch_records: int = 256
 
 
@@ -79,6 +83,7 @@ class _Part:
     new_users: list[str]
     records: Records
     advanced: Advanced
+    to_erase: npt.NDArray[np.uint64]
     first_event: int = 0  # where this part's events begin in the whole batch
     first_user: int = 0
 
@@ -141,8 +146,11 @@ class Pipeline:
     def _walk(self, state: PartitionState, partition: int, inputs: Mapping[TopicPartition, Sequence[Record]]) -> _Part:
         """Decode one partition's records and walk its events: detector, profile, ring, what is due."""
         settings = self._settings
-        mine = {tp: records for tp, records in inputs.items() if tp.partition == partition}
-        decoded = self._decoder.decode(list(merge(*mine.values(), key=_timestamp)))
+        here = [(tp, records) for tp, records in inputs.items() if tp.partition == partition]
+        mine = dict(sorted(here, key=lambda part: part[0].topic == settings.control))  # orders behind the events
+        events = [records for tp, records in mine.items() if tp.topic != settings.control]
+        decoded = self._decoder.decode(list(merge(*events, key=_timestamp)))
+        to_erase = self._orders(mine.get(TopicPartition(settings.control, partition), ()), decoded)
         decoded, watermark_ms, late = self._late(decoded, state.watermark_ms)
         keys_U, first_U, user_row = np.unique(decoded.user_key_B, return_index=True, return_inverse=True)
         decoded.columns.user_row = user_row.astype(np.int64)
@@ -167,7 +175,18 @@ class Pipeline:
             new_users=new_users,
             records=records,
             advanced=advanced,
+            to_erase=to_erase,
         )
+
+    def _orders(self, records: Sequence[Record], decoded: Decoded) -> npt.NDArray[np.uint64]:
+        """Keys of the users that a batch's orders tell us to erase; what is no order becomes a dead letter."""
+        keys = set()
+        for record in records:
+            try:
+                keys.add(read_order(record).key)
+            except BadEvent as error:
+                decoded.dead.append((record, error))
+        return np.array(sorted(keys), np.uint64)
 
     def _late(self, decoded: Decoded, watermark_ms: int) -> tuple[Decoded, int, int]:
         """Apply the late policy; the events to use, the new watermark, and how many events were late.
@@ -338,13 +357,24 @@ class Pipeline:
         seen = state.seen + part.read
         delta = state.groups.delta(part.decoded.columns, part.advanced, part.decoded.interest_names)
         after = None
+        touched = part.records["key"]
+        erased = part.to_erase[(state.arena.block_of(part.to_erase) >= 0) | np.isin(part.to_erase, touched)]
+        if len(erased) and state.groups.knows(erased):
+            after = self.groups_with(state.groups, delta)
+            after.erase(erased)
+        gone = erased
         if seen == self.next_cut(state.seen):
-            after = self.groups_with(state.groups, delta).cut()
+            after = (after or self.groups_with(state.groups, delta)).cut()
+            gone = np.union1d(erased, silent(state.arena, part.records, part.watermark_ms, self._settings.bounds))
+        evicted = len(gone) - len(erased)
+        metrics = msgspec.structs.replace(metrics, erased=len(erased), evicted=evicted)
         outputs.append(Output(stream="metrics", key=None, value=out.encode(metrics)))
         return PartitionStep(
             partition=part.partition,
             positions=part.positions,
-            records=part.records,
+            records=part.records[~np.isin(touched, gone)] if len(gone) else part.records,
+            gone=gone,
+            erased=len(erased) > 0,
             seen=seen,
             watermark_ms=part.watermark_ms,
             outputs=outputs,

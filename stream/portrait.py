@@ -131,7 +131,7 @@ def _state_of(reader: LogReader, tp: TopicPartition, key: int) -> Any:
             continue
         here = np.flatnonzero(block.records["key"] == key)
         if len(here):
-            gone = block.kind is Kind.TOMBSTONES
+            gone = block.kind in (Kind.TOMBSTONES, Kind.ERASED)
             found = None if gone else changelog.migrate(block.records[here[-1:]], USER)[0]
     return found
 

@@ -156,6 +156,7 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
         records, events, dead_letters, late, duplicates, forecasts, alerts, new_users: counts.
         monitored, alarms: events at which an alarm could have come, and alarms, under calibrated thresholds only.
         expected_alarms: alarms that the requested rate gives for them; alarms / expected_alarms should be near 1.
+        evicted, erased: users forgotten, by the bounds of state.ttl_h and state.bytes_max, and by order.
         not_murmur2, not_crc32: new users that lie elsewhere than Kafka's default partitioner, or librdkafka's, puts
             them; where both grow, producers with different partitioners write to one topic.
         scored: events whose forecast, made before them, was scored (events of the users in the quality share that
@@ -182,6 +183,8 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     monitored: int = 0
     alarms: int = 0
     expected_alarms: float = 0.0
+    evicted: int = 0
+    erased: int = 0
     not_murmur2: int = 0
     not_crc32: int = 0
     scored: int = 0

@@ -120,8 +120,9 @@ def fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None:
     """Apply one block in log order."""
     if block.kind is Kind.USERS and block.records is not None:
         state.arena.merge(changelog.migrate(block.records, engine.dtype))
-    elif block.kind is Kind.TOMBSTONES and block.records is not None:
+    elif block.kind in (Kind.TOMBSTONES, Kind.ERASED) and block.records is not None:
         state.arena.remove(block.records["key"].copy())
+        state.rewrite_below = block.number if block.kind is Kind.ERASED else state.rewrite_below
     elif block.kind is Kind.GROUPS:
         state.groups = engine.groups_from_snapshot(block.payload)
         state.groups_block = block.number

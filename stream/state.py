@@ -85,6 +85,16 @@ class Arena:
         self._free.extend(row[gone].tolist())
         return int(gone.sum())
 
+    def keys_and_times(self, newer: Records) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+        """Key and last event time of every user, with `newer` records (distinct keys) in place of those here."""
+        key = self._rows["key"][: self._used].copy()
+        last_ms = self._rows["last_time_ms"][: self._used].copy()
+        row = self._index.find(np.ascontiguousarray(newer["key"]))
+        last_ms[row[row >= 0]] = newer["last_time_ms"][row >= 0]
+        here = key != 0
+        fresh = newer[row < 0]
+        return np.concatenate([key[here], fresh["key"]]), np.concatenate([last_ms[here], fresh["last_time_ms"]])
+
     def all(self) -> Records:
         """A copy of all records, ordered by key."""
         live = self._rows[: self._used]

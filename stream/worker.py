@@ -40,6 +40,7 @@ from stream.cleaning import LOG_BYTES_MIN, Cleaner
 from stream.config import WorkerSettings
 from stream.engine import Engine, Output, PartitionState, PartitionStep
 from stream.errors import ConfigError, Corrupt, DriftlineError, LostPosition, Rebalanced, Retryable
+from stream.orders import due
 from stream.restore import restore
 from stream.start import EARLIEST, Start
 from stream.state import Records
@@ -150,10 +151,11 @@ class Worker:
         self._next_look_s = 0.0
         self._producer: Producer = parts.transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = parts.transport.consumer(
-            group=parts.app, topics=parts.topics.events, reset="none"
+            group=parts.app, topics=parts.topics.inputs, reset="none"
         )
         self._reader = parts.transport.reader()
         self._at: dict[TopicPartition, int] = {}  # where each partition that we run stands, by what is committed
+        self._waiting: dict[TopicPartition, Record] = {}  # orders whose time has not come; their partitions are paused
         self._uncommitted: set[int] = set()  # partitions that began somewhere and have no position yet
 
     # ------------------------------------------------------------------ the loop
@@ -174,11 +176,15 @@ class Worker:
         """Gather one batch and commit it. Returns whether there was anything to do."""
         try:
             self._parts.weights.swap()
+            self._let_orders_come()
             group = self._gather()
+            self._hold_orders_back()
             self._finish_restores()
             self._failures["look"] = 0
             busy = self._work_off(deque(self._cut(self._pending)), group)
             self._commit_beginnings(group)
+            if not busy:
+                self._rewrite_when_idle(group)
             return busy
         except Retryable as error:  # a poll or a look-up failed: nothing was changed
             self._put_back()
@@ -264,6 +270,23 @@ class Worker:
             if records and tp.partition in self.states:
                 self._consumer.seek(tp, records[0].offset)
         self._pending = {}
+
+    def _hold_orders_back(self) -> None:
+        """Orders wait, unread, until the input that they speak of is committed: see orders.py."""
+        for tp in [tp for tp in self._pending if tp.topic == self._parts.topics.control]:
+            records = self._pending[tp]
+            count = due(records, self._at)
+            if count < len(records):
+                self._waiting[tp] = records[count]
+                self._consumer.pause([tp])
+                self._consumer.seek(tp, records[count].offset)
+            self._pending[tp] = records[:count]
+
+    def _let_orders_come(self) -> None:
+        for tp, order in list(self._waiting.items()):
+            if due([order], self._at):
+                del self._waiting[tp]
+                self._consumer.resume([tp])
 
     def _cut(self, inputs: Inputs) -> list[Inputs]:
         """Cut at the epochs of each partition: what crosses users changes only there."""
@@ -376,7 +399,7 @@ class Worker:
         if outcome == "mixed":
             # It did commit, and the new owner of another partition has gone on since: read our share back.
             for partition in sorted({tp.partition for tp in attempted}):
-                self._consumer.pause([TopicPartition(topic, partition) for topic in self._parts.topics.events])
+                self._consumer.pause(self._inputs_of(partition))
                 self._drop(partition)
                 self._start_restore(partition)
         return outcome == "committed"
@@ -426,7 +449,8 @@ class Worker:
         while True:
             try:
                 first, end = self._reader.bounds(tp)
-                begin = first if self._parts.start == EARLIEST else self._parts.start.offset(self._reader, tp)
+                oldest = self._parts.start == EARLIEST or tp.topic == self._parts.topics.control
+                begin = first if oldest else self._parts.start.offset(self._reader, tp)
                 return first, end, begin
             except Retryable as error:
                 self._back_off("bounds_unknown", error, "look")
@@ -453,6 +477,12 @@ class Worker:
             if not self._commit([self._idle_step(partition)], group, 0.0):
                 return
 
+    def _rewrite_when_idle(self, group: object) -> None:
+        """Without input nothing is committed: what erasures left in older blocks is rewritten by steps of their own."""
+        for partition, state in list(self.states.items()):
+            if state.rewrite_below and not self._commit([self._idle_step(partition)], group, 0.0):
+                return
+
     def _idle_step(self, partition: int) -> PartitionStep:
         """A step without input: commits the positions that stand, which fences, and what the cleaner adds."""
         state = self.states[partition]
@@ -466,7 +496,7 @@ class Worker:
         )
 
     def _inputs_of(self, partition: int) -> list[TopicPartition]:
-        return [TopicPartition(topic, partition) for topic in self._parts.topics.events]
+        return [TopicPartition(topic, partition) for topic in self._parts.topics.inputs]
 
     # ------------------------------------------------------------------ partitions that come and go
 
@@ -480,6 +510,7 @@ class Worker:
             self._at.pop(tp, None)
         for tp in [tp for tp in self._pending if tp.partition == partition]:
             del self._pending[tp]
+            self._waiting.pop(tp, None)
         if self.states.pop(partition, None) is not None:
             self._parts.observer.event("partition_dropped", partition=partition)
 
