@@ -292,11 +292,12 @@ def _room(count: int) -> Room:
 
 
 def _parameters(settings: ShiftSettings, rule: Rule, emission: EmissionSettings | None) -> Parameters:
-    decay_code = max(1, round(WEIGHT_SCALE / settings.slow_half_life_events))
+    decay_code = max(1, round(WEIGHT_SCALE / rule.half_life_events))
     due = emission or EmissionSettings()
     return Parameters(
         by_session=rule.by_session,
         session_gap_ms=int(settings.session_gap_s * 1_000),
+        unit_events=rule.unit_events,
         decay_code=decay_code,
         decay=2.0 ** (-decay_code / WEIGHT_SCALE),
         kappa=rule.kappa,
@@ -306,7 +307,8 @@ def _parameters(settings: ShiftSettings, rule: Rule, emission: EmissionSettings 
         short_share=rule.short_share,
         age_min=settings.age_min_events,
         refractory=settings.refractory_events,
-        hold_share=settings.hold_share,
+        hold_share=rule.hold_share,
+        kept_share=rule.kept_share,
         usual_guarded=rule.usual_guarded,
         policy=_POLICIES[due.policy] if emission else _NEVER,
         max_events=due.max_events,

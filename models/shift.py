@@ -63,7 +63,7 @@ class ShiftSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = 7.0
     age_min_events: Annotated[
         int, Meta(description="no evidence is gathered before a user has this many events", ge=1, le=60_000)
-    ] = 20
+    ] = 25
     refractory_events: Annotated[
         int, Meta(description="events of the user after an alarm before evidence is gathered again", ge=0, le=30_000)
     ] = 50

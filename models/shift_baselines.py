@@ -22,7 +22,7 @@ import numpy.typing as npt
 from river.drift import ADWIN, KSWIN, PageHinkley
 from river.drift.binary import HDDMW
 
-from models.shift_calibration import Histories, run, session_starts
+from models.shift_calibration import Histories, memory_of, run, session_starts
 from models.shift_rule import Rule, fixed_rule
 
 if TYPE_CHECKING:
@@ -136,9 +136,15 @@ def _old_enough(histories: Histories, settings: ShiftSettings) -> BOOL:
     return np.arange(len(histories)) - histories.first[histories.user] >= settings.age_min_events
 
 
+def _watched(histories: Histories, settings: ShiftSettings, *, by_session: bool) -> Rule:
+    """The rule whose numbers the detectors of others watch: no alarms, no guard, the memory that ours starts from."""
+    memory = memory_of(histories, settings)
+    return fixed_rule(by_session=by_session, threshold=_NEVER, drift=0.0, kappa=settings.kappa, half_life_events=memory)
+
+
 def ratio_stream(histories: Histories, settings: ShiftSettings) -> F64:
     """Log-likelihood ratio of each event, population against the user's slow profile."""
-    rule = fixed_rule(by_session=False, threshold=_NEVER, drift=0.0, kappa=settings.kappa)
+    rule = _watched(histories, settings, by_session=False)
     return run(histories, rule, settings).ratio_B.astype(np.float64)
 
 
@@ -149,7 +155,7 @@ def surprisal_stream(histories: Histories, settings: ShiftSettings) -> F64:
 
 def session_stream(histories: Histories, settings: ShiftSettings) -> F64:
     """At the last event of each session: its summed ratios over the square root of its distinct interests."""
-    rule = fixed_rule(by_session=True, threshold=_NEVER, drift=0.0, kappa=settings.kappa)
+    rule = _watched(histories, settings, by_session=True)
     values = run(histories, rule, settings, features=True).features_BF[:, 0].astype(np.float64)
     last = np.append(session_starts(histories, settings)[1:], len(histories)) - 1
     stream = np.full(len(histories), np.nan)
@@ -204,7 +210,7 @@ def river_detectors(settings: ShiftSettings, *, slow: bool = False) -> list[Dete
 
 def frozen_detector(rule: Rule, settings: ShiftSettings) -> RuleDetector:
     """Our fixed rule on a slow profile that stops learning once evidence is gathered."""
-    return RuleDetector("frozen", rule, msgspec.structs.replace(settings, hold_share=-1e9))
+    return RuleDetector("frozen", msgspec.structs.replace(rule, hold_share=-1e9), settings)
 
 
 def set_knob(detector: Detector, histories: Histories, false_alarm_events: float, *, rounds: int = 12) -> float:

@@ -16,8 +16,8 @@ computed from a bound. What is measured live afterwards corrects the thresholds 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from models.features import I64, U32, EventColumns
 from models.profile import Advanced, replay
-from models.shift_rule import AGES, Rule, fixed_rule
+from models.shift_rule import AGES, UNIT_ENDLESS, Rule, fixed_rule
 from models.walk import FEATURE_COUNT, USER
 
 if TYPE_CHECKING:
@@ -41,13 +41,19 @@ _SAMPLES = 6_000  # units of each kind that a fit looks at, about
 _BLOCK = 8  # events, where the unit is one event: as many of somebody else's in a row
 _UNIT_EVENTS_MAX = 60
 FIT_USERS = 12  # fewer: nothing is fitted
+_FIT_UNITS = 100  # of each kind; fewer: nothing is learned
 _MATCH_ALARMS = 12.0  # a threshold is matched where this many alarms are expected, and extrapolated beyond
-_POOL_ALARMS = 12.0  # alarms' worth of the common threshold in an age group's own
+_POOL_ALARMS = 40.0  # alarms' worth of the common threshold in an age group's own
 _RIDGE = 1e-3
+_LONG_HISTORY = 1_000  # events: half of the users have more
+_LONG_MEMORY = 15.0  # times the half-life, where histories are long
+_LONG_WINDOW = 5  # times DELAY_MAX, there
+_SPLICES_MIN = 300  # to choose by; fewer users are spliced more often
+_LONG_VISIT = 12.0  # events in a session on average, from which on blocks of _BLOCK events are tried as well
 _TAIL_MIN, _TAIL_MAX = 0.2, 2.0
-_BASE = (0, 1, 2, 3, 4, 5)
-_FEATURE_SETS = (_BASE, (*_BASE, 6), (*_BASE, 6, 7))
-_DRIFTS = (0.0, 0.15)  # taken from a learned ratio, nats
+_USUAL = 6
+_FEATURE_SETS = ((0, 1, 2, 3, 4, 5, 7), (0, 1, 2, 3, 4, 5, _USUAL, 7))
+_DRIFTS = (0.0, 0.15, 0.3)  # taken from a learned ratio, nats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,13 +268,19 @@ def _blocks(histories: Histories, rule: Rule, settings: ShiftSettings) -> tuple[
     """Where units begin and end, and the how-manieth of its user each is."""
     first = histories.first
     if rule.by_session:
-        starts = session_starts(histories, settings)
+        starts = _split(session_starts(histories, settings), len(histories), rule.unit_events)
     else:
         starts = np.flatnonzero((np.arange(len(histories)) - first[histories.user]) % _BLOCK == 0)
     ends = np.append(starts[1:], len(histories))
     owner = histories.user[starts]
     ordinal = np.arange(len(starts)) - np.searchsorted(owner, owner)
     return starts, ends, ordinal
+
+
+def _split(starts: I64, events: int, unit_events: int) -> I64:
+    """Starts of units: of sessions, and within long ones after every `unit_events` events."""
+    begin = np.repeat(starts, np.diff(np.append(starts, events)))
+    return np.flatnonzero((np.arange(events) - begin) % unit_events == 0)
 
 
 def _round(
@@ -324,16 +336,32 @@ def alarm_rate(histories: Histories, rule: Rule, settings: ShiftSettings) -> tup
     return float(tallies.monitored_G.sum()), float(tallies.alarms_G.sum())
 
 
-def match(histories: Histories, rule: Rule, settings: ShiftSettings, false_alarm_events: float) -> Rule:
+Fold = tuple[Histories, Rule]  # users, and the rule that was fitted without them
+
+
+def fold_tallies(
+    folds: Sequence[Fold], thresholds: float | Sequence[float], settings: ShiftSettings
+) -> tuple[F64, F64]:
+    """(monitored events, alarms) by age, of all folds under the same thresholds."""
+    done = [run(histories, _with(rule, thresholds), settings).tallies for histories, rule in folds]
+    return (
+        np.sum([t.monitored_G for t in done], axis=0).astype(np.float64),
+        np.sum([t.alarms_G for t in done], axis=0).astype(np.float64),
+    )
+
+
+def match(folds: Sequence[Fold], rule: Rule, settings: ShiftSettings, false_alarm_events: float) -> Rule:
     """The rule with one threshold for all ages at which real order raises one alarm in `false_alarm_events`.
 
-    Where too few alarms are expected for that, a lower rate is matched and the threshold extrapolated along the tail.
+    Each user is judged by a rule that was fitted without him: on the users that it was fitted on, a learned rule raises
+    fewer alarms than on others. Where too few alarms are expected for the requested rate, a higher one is matched and
+    the threshold extrapolated along the tail.
     """
-    monitored, _ = alarm_rate(histories, _with(rule, _NEVER), settings)
-    reachable = max(20.0, monitored / _MATCH_ALARMS)
+    monitored, _ = fold_tallies(folds, _NEVER, settings)
+    reachable = max(20.0, float(monitored.sum()) / _MATCH_ALARMS)
     target = min(false_alarm_events, reachable)
-    threshold = _bisect(histories, rule, settings, target)
-    lower = _bisect(histories, rule, settings, max(10.0, target / 3.0), top=threshold)
+    threshold = _bisect(folds, settings, target)
+    lower = _bisect(folds, settings, max(10.0, target / 3.0), top=threshold)
     tail = math.log(3.0) / max(threshold - lower, 1e-3)
     tail = min(_TAIL_MAX, max(_TAIL_MIN, tail))
     threshold += max(0.0, math.log(false_alarm_events / target)) / tail
@@ -341,39 +369,40 @@ def match(histories: Histories, rule: Rule, settings: ShiftSettings, false_alarm
 
 
 def _bisect(
-    histories: Histories, rule: Rule, settings: ShiftSettings, target: float, top: float = 0.0, precision: float = 0.005
+    folds: Sequence[Fold], settings: ShiftSettings, target: float, top: float = 0.0, precision: float = 0.005
 ) -> float:
     """The smallest flat threshold with at most one alarm in `target` monitored events, to about a hundredth."""
+
+    def few(threshold: float) -> bool:
+        monitored_G, alarms_G = fold_tallies(folds, threshold, settings)
+        return bool(monitored_G.sum() >= alarms_G.sum() * target)
+
     low, high = 0.0, top or 8.0
     for _ in range(0 if top else 6):
-        monitored, alarms = alarm_rate(histories, _with(rule, high), settings)
-        if monitored >= alarms * target:
+        if few(high):
             break
         low, high = high, 2.0 * high
     for _ in range(20):
         if high - low < precision * (high + 1.0):
             break
         middle = (low + high) / 2.0
-        monitored, alarms = alarm_rate(histories, _with(rule, middle), settings)
-        low, high = (low, middle) if monitored >= alarms * target else (middle, high)
+        low, high = (low, middle) if few(middle) else (middle, high)
     return high
 
 
-def match_ages(histories: Histories, rule: Rule, settings: ShiftSettings) -> Rule:
+def match_ages(folds: Sequence[Fold], rule: Rule, settings: ShiftSettings) -> Rule:
     """Thresholds by age from a rule that is matched for all ages together; ages with few alarms stay near the rest."""
     target = rule.false_alarm_events
     base = rule.thresholds[0]
     offsets = np.zeros(AGES)
     for _ in range(3):
-        tallies = run(histories, _with(rule, (base + offsets).tolist()), settings).tallies
-        expected = tallies.monitored_G / target
-        step = np.log((tallies.alarms_G + _POOL_ALARMS) / (expected + _POOL_ALARMS)) / rule.tail
+        monitored_G, alarms_G = fold_tallies(folds, (base + offsets).tolist(), settings)
+        step = np.log((alarms_G + _POOL_ALARMS) / (monitored_G / target + _POOL_ALARMS)) / rule.tail
         offsets = np.clip(offsets + step, -0.5 * base, 0.5 * base)
     shift = 0.0
     for _ in range(4):  # the whole must still keep the rate
-        monitored, alarms = alarm_rate(histories, _with(rule, (base + offsets + shift).tolist()), settings)
-        expected_all = monitored / target
-        shift += 0.7 * math.log((alarms + 3.0) / (expected_all + 3.0)) / rule.tail
+        monitored_G, alarms_G = fold_tallies(folds, (base + offsets + shift).tolist(), settings)
+        shift += 0.7 * math.log((alarms_G.sum() + 3.0) / (monitored_G.sum() / target + 3.0)) / rule.tail
     return _with(rule, np.maximum(base + offsets + shift, 0.05).tolist())
 
 
@@ -390,15 +419,30 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
         raise ValueError(f"{histories.users} users with a history; {FIT_USERS} are needed")
     half = rng.permutation(histories.users) % 2 == 0
     trial = _Trial(histories.some(half), histories.some(~half), settings, rng, per_user)
-    best = min((trial.judge(choice) for choice in _first_choices(settings)), key=lambda judged: judged[0])
-    if settings.statistic != "fixed":
-        others = [trial.judge(choice) for choice in _finer_choices(best[1], settings)]
-        if settings.statistic == "learned":
-            others = [judged for judged in [best, *others] if judged[1].features]
-            best = others[0]
-        best = min([best, *others], key=lambda judged: judged[0])
-    rule = _rule(best[1], settings, units(histories, _plain(best[1], settings), settings, np.random.default_rng(0)))
-    return match_ages(histories, match(histories, rule, settings, settings.false_alarm_events), settings)
+    best = trial.best(_first_choices(histories, settings))
+    if settings.statistic == "learned" and not best[1].features:
+        best = trial.best(c for c in _first_choices(histories, settings) if c.features)
+    if best[1].features:
+        best = min(best, trial.best(_finer_features(best[1])), key=lambda judged: judged[0])
+    best = min(best, trial.best(_finer_memories(best[1])), key=lambda judged: judged[0])
+    choice = best[1] if math.isfinite(best[0]) else replace(best[1], features=())
+    folds, rule = _folds(histories, half, choice, settings)
+    return match_ages(folds, match(folds, rule, settings, settings.false_alarm_events), settings)
+
+
+def _folds(
+    histories: Histories, half: npt.NDArray[np.bool_], choice: Choice, settings: ShiftSettings
+) -> tuple[list[Fold], Rule]:
+    """The rule of everybody, and for each half of the users the rule of the other half."""
+    if not choice.features:
+        rule = _plain(choice, settings)
+        return [(histories, rule)], rule
+    plain = _plain(choice, settings)
+    parts = [histories.some(half), histories.some(~half)]
+    one, other = (units(part, plain, settings, np.random.default_rng(0)) for part in parts)
+    both = (np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]]))
+    rule = _rule(choice, settings, both)
+    return [(parts[0], _rule(choice, settings, other)), (parts[1], _rule(choice, settings, one))], rule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -407,41 +451,59 @@ class Choice:
 
     by_session: bool
     short_share: float = 0.0
-    kappa: float = 8.0
-    usual_guarded: bool = False
+    kappa: float
+    usual_guarded: bool = True
     features: tuple[int, ...] = ()
     drift: float = 0.0
+    unit_events: int = UNIT_ENDLESS
+    half_life_events: float
+    hold_share: float
 
 
-def _first_choices(settings: ShiftSettings) -> Iterator[Choice]:
+def memory_of(histories: Histories, settings: ShiftSettings) -> float:
+    """The half-life to start from, in events: longer where histories are long."""
+    return settings.slow_half_life_events * (_LONG_MEMORY if is_long(histories) else 1.0)
+
+
+def is_long(histories: Histories) -> bool:
+    """Whether half of the users have long histories."""
+    ages = np.diff(histories.first)
+    return len(ages) > 0 and float(np.median(ages)) > _LONG_HISTORY
+
+
+def _first_choices(histories: Histories, settings: ShiftSettings) -> Iterator[Choice]:
     """The unit of evidence, the alternative, and whether learning helps at all."""
-    kappas = (settings.kappa, 2.5 * settings.kappa)
+    half_life_events = memory_of(histories, settings)
+    visit_events = len(histories) / max(1, len(session_starts(histories, settings)))
     for by_session in (True, False):
         if settings.evidence not in ("auto", "session" if by_session else "event"):
             continue
-        for short_share in (0.0, 0.3):
-            for kappa in kappas if settings.statistic != "learned" else ():
-                yield Choice(by_session=by_session, short_share=short_share, kappa=kappa)
+        for unit_events in (UNIT_ENDLESS, _BLOCK) if by_session and visit_events > _LONG_VISIT else (UNIT_ENDLESS,):
+            plain = Choice(
+                by_session=by_session,
+                kappa=settings.kappa,
+                unit_events=unit_events,
+                half_life_events=half_life_events,
+                hold_share=settings.hold_share,
+            )
             if settings.statistic != "fixed":
-                yield Choice(
-                    by_session=by_session, short_share=short_share, kappa=settings.kappa, features=_FEATURE_SETS[1]
-                )
+                yield replace(plain, features=_FEATURE_SETS[0])
+            for short_share in (0.0, 0.3) if settings.statistic != "learned" else ():
+                for kappa in (settings.kappa, 2.5 * settings.kappa):
+                    yield replace(plain, short_share=short_share, kappa=kappa)
 
 
-def _finer_choices(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
-    """Other features and drifts for the unit that did best."""
-    for short_share in sorted({0.0, best.short_share}):
-        for features in _FEATURE_SETS:
-            for drift in _DRIFTS:
-                for guarded in (False, True) if 7 in features else (False,):
-                    yield Choice(
-                        by_session=best.by_session,
-                        short_share=short_share,
-                        kappa=settings.kappa,
-                        usual_guarded=guarded,
-                        features=features,
-                        drift=drift,
-                    )
+def _finer_features(best: Choice) -> Iterator[Choice]:
+    for features in _FEATURE_SETS:
+        for drift in _DRIFTS:
+            yield replace(best, features=features, drift=drift)
+
+
+def _finer_memories(best: Choice) -> Iterator[Choice]:
+    """How long the slow profile remembers, and from which evidence on it is held."""
+    for factor in (0.5, 4.0):
+        yield replace(best, half_life_events=best.half_life_events * factor)
+    yield replace(best, hold_share=2.0 * best.hold_share)
 
 
 def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
@@ -451,6 +513,9 @@ def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
         drift=settings.drift,
         kappa=choice.kappa,
         short_share=choice.short_share,
+        unit_events=choice.unit_events,
+        half_life_events=choice.half_life_events,
+        hold_share=choice.hold_share,
     )
     return msgspec.structs.replace(rule, usual_guarded=choice.usual_guarded)
 
@@ -477,29 +542,39 @@ class _Trial:
         per_user: int,
     ) -> None:
         self._fitted_on, self._judged_on, self._settings = fitted_on, judged_on, settings
-        after = settings.age_min_events + 10
-        self._splices = splice(judged_on, settings, rng, per_user=per_user, window=DELAY_MAX, after=after)
+        after = settings.age_min_events + 5
+        window = DELAY_MAX * (_LONG_WINDOW if is_long(judged_on) else 1)
+        per_user = max(per_user, _SPLICES_MIN // max(1, judged_on.users))
+        self._splices = splice(judged_on, settings, rng, per_user=per_user, window=window, after=after)
         never = fixed_rule(by_session=True, threshold=_NEVER, drift=settings.drift)
         monitored, _ = alarm_rate(judged_on, never, settings)
         self._false_alarm_events = min(settings.false_alarm_events, max(50.0, monitored / (2 * _MATCH_ALARMS)))
-        self._units: dict[tuple[bool, float, float], tuple[F64, F64]] = {}
+        self._units: dict[Choice, tuple[F64, F64]] = {}
+
+    def best(self, choices: Iterable[Choice]) -> tuple[float, Choice]:
+        """The choice with the smallest mean delay, and that delay; one that cannot be learned here is inf."""
+        return min((self.judge(choice) for choice in choices), key=lambda judged: judged[0])
 
     def judge(self, choice: Choice) -> tuple[float, Choice]:
         """Mean delay on made shifts."""
-        key = (choice.by_session, choice.short_share, choice.kappa)
+        key = replace(choice, features=(), drift=0.0, hold_share=0.0)
         if choice.features and key not in self._units:
             plain = _plain(choice, self._settings)
             self._units[key] = units(self._fitted_on, plain, self._settings, np.random.default_rng(0))
+        if choice.features and min(map(len, self._units[key])) < _FIT_UNITS:
+            return math.inf, choice  # nothing to learn from, e.g. a file without pauses has no sessions
         empty = np.zeros((0, FEATURE_COUNT))
         rule = _rule(choice, self._settings, self._units.get(key, (empty, empty)))
-        rule = _with(rule, _bisect(self._judged_on, rule, self._settings, self._false_alarm_events, precision=0.02))
+        folds = [(self._judged_on, rule)]
+        rule = _with(rule, _bisect(folds, self._settings, self._false_alarm_events, precision=0.02))
         return mean_delay(self._splices, rule, self._settings), choice
 
 
 def mean_delay(splices: Splices, rule: Rule, settings: ShiftSettings) -> float:
-    """Mean events to an alarm after a made shift, at most DELAY_MAX each."""
+    """Mean events to an alarm after a made shift, at most the window each."""
     delay, counts = delays(splices, run(splices.runs, rule, settings).alert_B, settings.refractory_events)
-    return float(np.minimum(delay[counts], DELAY_MAX).mean()) if counts.any() else float(DELAY_MAX)
+    window = float(splices.window)
+    return float(np.minimum(delay[counts], window).mean()) if counts.any() else window
 
 
 # ---------------------------------------------------------------------- at an epoch cut

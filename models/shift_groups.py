@@ -158,6 +158,8 @@ class GroupTable:
             threshold=settings.threshold,
             drift=settings.drift,
             kappa=settings.kappa,
+            half_life_events=settings.slow_half_life_events,
+            hold_share=settings.hold_share,
         )
         self.rule_epoch = 0  # the cut at which the rule was last fitted
         self.tallies = Tallies.zeros()  # frozen: since the rule was fitted, up to the last cut

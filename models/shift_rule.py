@@ -12,6 +12,8 @@ from msgspec import Struct
 from models.walk import AGE_EDGES, FEATURE_COUNT
 
 AGES = len(AGE_EDGES) + 1
+UNIT_ENDLESS = 255
+KEPT_SHARE = 0.4
 
 
 class Rule(Struct, frozen=True, kw_only=True):
@@ -23,6 +25,10 @@ class Rule(Struct, frozen=True, kw_only=True):
         short_share: share of the user's last events in what a shifted user is expected to do.
         kappa: events' worth of the segment's shares mixed into a user's slow profile.
         usual_guarded: the user's mean unit does not learn while evidence builds.
+        unit_events: a session is a unit of its own after so many events, up to 16; more: never.
+        half_life_events: an event counts half in the slow profile after so many newer ones.
+        kept_share: how much the slow profile of before an alarm weighs after it.
+        hold_share: the slow profile does not learn while evidence is above this share of the threshold.
         drift: taken from the log-likelihood ratio of every distinct interest, nats.
         coefficients: of the unit's features (models/walk.py), then the constant; a fixed rule takes the first as it is.
         thresholds: evidence that an alarm takes, by age of the user.
@@ -36,6 +42,10 @@ class Rule(Struct, frozen=True, kw_only=True):
     kappa: float
     drift: float
     usual_guarded: bool = False
+    unit_events: int = UNIT_ENDLESS
+    half_life_events: float = 100.0
+    kept_share: float = KEPT_SHARE
+    hold_share: float = 0.15
     coefficients: tuple[float, ...]
     thresholds: tuple[float, ...]
     tail: float = 1.0
@@ -46,7 +56,15 @@ class Rule(Struct, frozen=True, kw_only=True):
 
 
 def fixed_rule(
-    *, by_session: bool, threshold: float, drift: float, kappa: float = 8.0, short_share: float = 0.0
+    *,
+    by_session: bool,
+    threshold: float,
+    drift: float,
+    kappa: float = 8.0,
+    short_share: float = 0.0,
+    unit_events: int = UNIT_ENDLESS,
+    half_life_events: float = 100.0,
+    hold_share: float = 0.15,
 ) -> Rule:
     """The rule that nothing was learned for: the summed ratio over the square root of the number of interests."""
     return Rule(
@@ -57,4 +75,7 @@ def fixed_rule(
         drift=drift,
         coefficients=(1.0,) + (0.0,) * FEATURE_COUNT,
         thresholds=(threshold,) * AGES,
+        unit_events=unit_events,
+        half_life_events=float(half_life_events),  # a whole number would be other bytes in a snapshot
+        hold_share=float(hold_share),
     )

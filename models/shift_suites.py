@@ -32,7 +32,7 @@ from models.shift_baselines import (
     river_detectors,
     set_knob,
 )
-from models.shift_calibration import Histories, Splices, calibrate, columns, delays, run, splice
+from models.shift_calibration import Histories, Splices, calibrate, columns, delays, memory_of, run, splice
 from models.shift_planted import Planted, planted, softened
 from models.shift_rule import fixed_rule
 
@@ -156,7 +156,13 @@ def detectors(study: Study, *, slow: bool = False) -> list[Detector]:
     ours = our_detectors(study)
     unit = ours[0].rule.by_session
     settings = study.settings
-    plain = fixed_rule(by_session=unit, threshold=7.0, drift=settings.drift, kappa=settings.kappa)
+    plain = fixed_rule(
+        by_session=unit,
+        threshold=7.0,
+        drift=settings.drift,
+        kappa=settings.kappa,
+        half_life_events=memory_of(study.tuned, settings),
+    )
     return [*ours, frozen_detector(plain, settings), DummyDetector(settings), *river_detectors(settings, slow=slow)]
 
 
@@ -267,7 +273,7 @@ def made_shifts(study: Study, *, per_user: int = 3) -> Splices:
     per_user = max(1, min(per_user, _SPLICES_MAX // max(1, study.reported.users) + 1))
     if study.reported.users < _FEW_USERS:
         per_user = 20
-    after = study.settings.age_min_events + 10
+    after = study.settings.age_min_events + 5
     return splice(
         study.reported,
         study.settings,
@@ -338,8 +344,8 @@ def labelled_row(study: Study, detector: RuleDetector, labels: Labels) -> Row:
     """S5: how well the largest evidence in each block tells somebody else's blocks from the user's own."""
     low = min(detector.rule.thresholds)
     never = 1e9 / low  # no alarm: the evidence goes on; the profile is held as if the thresholds were in force
-    settings = replace_settings(detector.settings, hold_share=detector.settings.hold_share / never)
-    done = run(labels.users, detector.at(never), settings)
+    rule = msgspec.structs.replace(detector.at(never), hold_share=detector.rule.hold_share / never)
+    done = run(labels.users, rule, detector.settings)
     place_K = labels.users.first[labels.user_K] + labels.first_K
     score_K = np.array([done.evidence_B[place : place + labels.block].max() for place in place_K.tolist()])
     positive, negative = score_K[labels.masquerader_K], score_K[~labels.masquerader_K]

@@ -74,9 +74,9 @@ FEATURES = (  # of the unit of evidence under way: a session, or a single event
     "log_distinct",
     "known",  # share of its distinct interests that the slow profile knows
     "covered",  # sqrt of the share of the slow profile that they make up
-    "best",  # sqrt of the largest share of one of them
     "log_learned",  # log(1 + decayed count of events in the slow profile)
     "usual",  # what the user's units usually come to
+    "rarity",  # mean -log of its interests' shares among all users, in whole nats each
 )
 FEATURE_COUNT = len(FEATURES)
 
@@ -110,13 +110,13 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
         ("slow_weight", "<u2", (profile,)),  # logarithm of the decayed count, see `weight_of`; as of the last event
         ("tail", "<u2", (TAIL,)),  # marks of the interests that last fell out of the slow profile; 0 = none
         ("watch", "<i2"),  # n >= 0: events since the evidence was last 0; -n: events until evidence is gathered again
-        ("session_share", "<u2"),  # share of the slow profile that the unit's interests make up, in 1/65535
         ("alerts", "<u2"),
         ("purchases", "<u2"),
         ("ring_type", "u1", (ring,)),  # type and flags, see TYPE_MASK
         ("session_count", "u1"),  # distinct interests in the unit under way
         ("session_known", "u1"),  # those of them that the slow profile knows
-        ("session_best", "u1"),  # largest share of one of them in the slow profile, in 1/255
+        ("session_share", "u1"),  # share of the slow profile that the unit's interests make up, in 1/255
+        ("session_rarity", "u1"),  # -log of the shares among all of the first 16 of them, summed in whole nats
         ("tail_next", "u1"),
         ("usual", "i1"),  # running mean of the units' evidence, in 1/32 nats
         ("user_flags", "u1"),
@@ -183,6 +183,7 @@ class Parameters(NamedTuple):
 
     by_session: bool
     session_gap_ms: int
+    unit_events: int
     decay_code: int
     decay: float
     kappa: float
@@ -193,6 +194,7 @@ class Parameters(NamedTuple):
     age_min: int
     refractory: int
     hold_share: float
+    kept_share: float
     usual_guarded: bool
     policy: int
     max_events: int
@@ -206,8 +208,9 @@ class Parameters(NamedTuple):
 
 _AGE_EDGES = np.array(AGE_EDGES, np.int64)
 _LAST = RING - 1
-_SHARE_SCALE = 65_535.0
-_BEST_SCALE = 255.0
+_SHARE_SCALE = 255.0
+_RARITY_MAX = 15  # nats
+_RARITY_COUNT = 16  # so that the sum fits a byte
 _USUAL_SCALE = 32.0
 _USUAL_RATE = 0.2
 _TAIL_WEIGHT = 0.25  # decayed count that a mark in the tail stands for
@@ -355,6 +358,18 @@ def _counted_in_session(user: Any, interest: int) -> bool:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
+def _unit_is_full(user: Any, unit_events: int) -> bool:
+    """Whether none of the last `unit_events` events began a unit, but for the oldest of them."""
+    events = int(user.events)
+    if unit_events > RING or events < unit_events:
+        return False
+    begun = 0
+    for i in range(unit_events - 1):
+        begun |= user.ring_type[(events - 1 - i) & _LAST] & SESSION_START
+    return begun == 0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _short_share(user: Any, interest: int) -> float:
     n = min(int(user.events), RING)
     if n == 0:
@@ -377,14 +392,15 @@ def _ratio(user: Any, interest: int, weight: float, q_all: float, q_segment: flo
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _count(user: Any, ratio: float, weight: float) -> None:
+def _count(user: Any, ratio: float, weight: float, q_all: float) -> None:
     """A new distinct interest in the unit under way."""
     share = min(1.0, weight / max(user.slow_total, 1e-9))
     user.session_sum += ratio
     user.session_count += 1
     user.session_known += weight > _KNOWN_WEIGHT
     user.session_share = int(min(_SHARE_SCALE, int(user.session_share) + round(share * _SHARE_SCALE)))
-    user.session_best = max(int(user.session_best), round(share * _BEST_SCALE))
+    if user.session_count <= _RARITY_COUNT:
+        user.session_rarity += min(_RARITY_MAX, round(-math.log(q_all)))
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -396,9 +412,9 @@ def _describe(user: Any, features_F: Any) -> None:
     features_F[2] = math.log(count)
     features_F[3] = user.session_known / count
     features_F[4] = math.sqrt(user.session_share / _SHARE_SCALE)
-    features_F[5] = math.sqrt(user.session_best / _BEST_SCALE)
-    features_F[6] = math.log1p(user.slow_total)
-    features_F[7] = user.usual / _USUAL_SCALE
+    features_F[5] = math.log1p(user.slow_total)
+    features_F[6] = user.usual / _USUAL_SCALE
+    features_F[7] = user.session_rarity / min(count, _RARITY_COUNT)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -424,7 +440,7 @@ def _close(user: Any, typical: bool) -> None:
     user.session_count = 0
     user.session_known = 0
     user.session_share = 0
-    user.session_best = 0
+    user.session_rarity = 0
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -440,15 +456,18 @@ def _calm(user: Any, release: bool) -> None:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _anchor_anew(user: Any, refractory: int) -> None:
-    """After an alarm the slow profile is what the user did since the onset; the detector starts afresh."""
+def _anchor_anew(user: Any, p: Any) -> None:
+    """After an alarm the slow profile is what the user did since the onset, and a share of what it was before."""
     events = int(user.events)
     since = max(1, min(int(user.watch), min(events, RING)))
-    user.tail[:] = 0
-    for q in range(PROFILE):
-        user.slow_interest[q] = 0
-        user.slow_weight[q] = 0
-    user.slow_total = 0.0
+    if p.kept_share <= 0.0:
+        user.tail[:] = 0
+        for q in range(PROFILE):
+            user.slow_interest[q] = 0
+            user.slow_weight[q] = 0
+        user.slow_total = 0.0
+    else:
+        _decay_slow(user, round(-WEIGHT_SCALE * math.log2(p.kept_share)), p.kept_share)
     for i in range(min(events, RING)):
         slot = (events - 1 - i) & _LAST
         user.ring_type[slot] = user.ring_type[slot] & ~np.uint8(HELD)
@@ -456,7 +475,7 @@ def _anchor_anew(user: Any, refractory: int) -> None:
             _learn_slow(user, user.ring_interest[slot], 1.0)
     user.evidence = 0.0
     _close(user, False)
-    user.watch = -refractory
+    user.watch = -p.refractory
     user.alerts = min(65_535, int(user.alerts) + 1)
 
 
@@ -558,7 +577,7 @@ def walk(
         if age == 0 or gap_ms > 0 or gap_ms < -_BACK_MS_MAX:
             user.last_time_ms = time_ms
         gap_s = max(0, gap_ms) / 1000.0
-        starts = age == 0 or gap_ms > p.session_gap_ms
+        starts = age == 0 or gap_ms > p.session_gap_ms or (p.by_session and _unit_is_full(user, p.unit_events))
         if events.segment[b]:
             user.segment = events.segment[b]
 
@@ -580,7 +599,7 @@ def walk(
         out.ratio[b] = ratio
         if user.session_count == 0 or (user.session_count < 255 and not _counted_in_session(user, interest)):
             kind |= COUNTED
-            _count(user, ratio - p.drift, weight)
+            _count(user, ratio - p.drift, weight, events.q_all[b])
         evidence = 0.0
         if monitored:
             evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
@@ -608,7 +627,7 @@ def walk(
             alarms_G[group] += 1
             _keep(user, b, alarmed, alarms)
             alarms += 1
-            _anchor_anew(user, p.refractory)
+            _anchor_anew(user, p)
         elif not held:
             _decay_slow(user, p.decay_code, p.decay)
             _learn_slow(user, interest, 1.0)
