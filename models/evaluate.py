@@ -11,6 +11,10 @@ interest was not known). An event is in several strata:
     new_user       the user's first event
     new_interest   nobody had it before
     purchase       the event is a purchase
+
+A model with probabilities is also judged by them: whether an interest that was given 0.3 comes three times in ten
+(calibration), and how far the forecast share of each interest among the next n events is from its share among those
+events (an interest's forecast share is the mean of its probabilities at steps 1..n).
 """
 
 from __future__ import annotations
@@ -29,16 +33,59 @@ CALIBRATION_BINS = 15
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(kw_only=True, slots=True)
+class Judged:
+    """What became of E forecasts of N steps.
+
+    Attributes:
+        rank_EN: rank of the interest of each step, 0 = a miss, -1 = not judged (there is no such event).
+        top_EN: probability of the interest that was thought the most likely; NaN where the model gives none.
+        absolute_EN: sum over all interests of |forecast share - true share| among steps 1..n; NaN as above.
+        square_EN: the same of its squares.
+    """
+
+    rank_EN: Ints
+    top_EN: Floats
+    absolute_EN: Floats
+    square_EN: Floats
+
+    @staticmethod
+    def empty(events: int, steps: int) -> Judged:
+        """Nothing judged yet."""
+        nothing = [np.full((events, steps), np.nan, np.float32) for _ in range(3)]
+        return Judged(
+            rank_EN=np.full((events, steps), -1, np.int64),
+            top_EN=nothing[0],
+            absolute_EN=nothing[1],
+            square_EN=nothing[2],
+        )
+
+    def put(self, where_E: Ints, other: Judged) -> None:
+        """Take the results of some events, for the steps that `other` has."""
+        steps = other.rank_EN.shape[1]
+        for name in self.__slots__:
+            getattr(self, name)[where_E, :steps] = getattr(other, name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """Figures of some events. Shares are 0..1; None where there is nothing to say."""
+    """Figures of some events. Shares are 0..1; None where there is nothing to say.
+
+    Attributes:
+        ece: expected calibration error of the most likely interest.
+        share_mae, share_rmse: error of the forecast interest shares, over all interests and events.
+    """
 
     n: int
     mrr: float | None
     hr: Mapping[int, float | None]
     ndcg_10: float | None
+    ece: float | None = None
+    share_mae: float | None = None
+    share_rmse: float | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -64,6 +111,29 @@ def figures(rank_E: Ints) -> Figures:
         mrr=round(float(np.where(hit_E, 1.0 / safe_E, 0.0).mean()), 6),
         hr={cut: round(float((hit_E & (rank_E <= cut)).mean()), 6) for cut in CUTS},
         ndcg_10=round(float(gain_E.mean()), 6),
+    )
+
+
+def figures_of(judged: Judged, chosen_E: Bools, step: int, interests: int) -> Figures:
+    """All figures of a step over the chosen events.
+
+    Args:
+        step: 0 = the next event. Shares are those of the events up to this step.
+        interests: how many there are in all: what the errors of the shares are averaged over.
+    """
+    chosen_E = chosen_E & (judged.rank_EN[:, step] >= 0)
+    found = figures(judged.rank_EN[chosen_E, step])
+    top_E, square_E = judged.top_EN[chosen_E, step], judged.square_EN[chosen_E, step]
+    has_top, has_shares = np.isfinite(top_E), np.isfinite(square_E)
+    ece = mae = rmse = None
+    if len(top_E) and has_top.all():
+        ece = expected_calibration_error(top_E, judged.rank_EN[chosen_E, step] == 1)
+    if len(square_E) and has_shares.all():
+        absolute_E = judged.absolute_EN[chosen_E, step].astype(np.float64)
+        mae = round(float(absolute_E.mean()) / interests, 9)
+        rmse = round(float(np.sqrt(square_E.astype(np.float64).mean() / interests)), 9)
+    return Figures(
+        n=found.n, mrr=found.mrr, hr=found.hr, ndcg_10=found.ndcg_10, ece=ece, share_mae=mae, share_rmse=rmse
     )
 
 
@@ -113,6 +183,64 @@ def next_events(user_E: Ints, steps: int) -> Ints:
     return index_EN
 
 
+# ---------------------------------------------------------------------- probabilities
+
+
+def share_errors(share_I: Doubles, target_N: Ints) -> tuple[Floats, Floats]:
+    """Sums over all interests of the absolute and the squared error of forecast shares, for horizons 1, 2, ...
+
+    Args:
+        share_I: forecast shares of all interests, the same at every step.
+        target_N: the interests that came, in order.
+
+    Example:
+        >>> absolute, square = share_errors(np.array([0.5, 0.5, 0.0]), np.array([0, 1]))
+        >>> absolute.tolist(), square.tolist()
+        ([1.0, 0.0], [0.5, 0.0])
+    """
+    steps = len(target_N)
+    absolute_N, square_N = np.empty(steps, np.float32), np.empty(steps, np.float32)
+    total, squares = float(share_I.sum()), float(share_I @ share_I)
+    counts: dict[int, int] = {}
+    for n, target in enumerate(target_N.tolist(), 1):
+        counts[target] = counts.get(target, 0) + 1
+        absolute, square = total, squares
+        for interest, count in counts.items():
+            share = float(share_I[interest])
+            gap = abs(share - count / n)
+            absolute += gap - share
+            square += gap * gap - share * share
+        absolute_N[n - 1], square_N[n - 1] = absolute, square
+    return absolute_N, square_N
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reliability:
+    """Events by the confidence that they were forecast with, for a plot. Bins without events are left out."""
+
+    confidence: list[float]
+    accuracy: list[float]
+    events: list[int]
+
+
+def reliability(confidence_E: Floats, correct_E: Bools) -> Reliability:
+    """Mean confidence and accuracy in bins of confidence of equal width.
+
+    Example:
+        >>> found = reliability(np.array([0.9, 0.9, 0.1], np.float32), np.array([True, False, False]))
+        >>> [round(c, 2) for c in found.confidence], found.accuracy, found.events
+        ([0.1, 0.9], [0.0, 0.5], [1, 2])
+    """
+    bin_E = np.minimum((confidence_E * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    events_K = np.bincount(bin_E, minlength=CALIBRATION_BINS)
+    used = np.flatnonzero(events_K)
+    confidence_K = np.bincount(bin_E, confidence_E, CALIBRATION_BINS)[used] / events_K[used]
+    accuracy_K = np.bincount(bin_E, correct_E, CALIBRATION_BINS)[used] / events_K[used]
+    return Reliability(
+        confidence=confidence_K.tolist(), accuracy=accuracy_K.tolist(), events=events_K[used].tolist()
+    )
+
+
 def expected_calibration_error(confidence_E: Floats, correct_E: Bools) -> float | None:
     """Mean gap between confidence and accuracy over bins of confidence of equal width, weighted by events.
 
@@ -120,10 +248,6 @@ def expected_calibration_error(confidence_E: Floats, correct_E: Bools) -> float 
     """
     if not len(confidence_E):
         return None
-    bin_E = np.minimum((confidence_E * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    gap = 0.0
-    for number in range(CALIBRATION_BINS):
-        inside = bin_E == number
-        if inside.any():
-            gap += abs(float(confidence_E[inside].mean()) - float(correct_E[inside].mean())) * int(inside.sum())
-    return round(gap / len(confidence_E), 6)
+    bins = reliability(confidence_E, correct_E)
+    gaps = zip(bins.confidence, bins.accuracy, bins.events, strict=True)
+    return round(sum(abs(c - a) * n for c, a, n in gaps) / len(confidence_E), 6)

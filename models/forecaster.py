@@ -7,6 +7,7 @@ batches (states within 1e-5). Free of state: a newer version of the weights is a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from numba import njit
 from models.features import F32, I64, TYPE_COUNT, U32, EventColumns
 from models.gru import Moments, Network, Step
 from models.inputs import Normaliser
-from models.knowledge import Knowledge
+from models.knowledge import Candidates, Knowledge
 from models.profile import HIDDEN, Snapshot
 from models.settings import NetworkSettings
 from models.snapshot import Tensors, Weights
@@ -185,6 +186,26 @@ class Forecaster:
                     )
         return rank_EN, probability_EN
 
+    def distributions(
+        self, hidden_EH: F32, snapshot: Snapshot, gap_s_E: F32 | None, steps: int
+    ) -> Iterator[tuple[slice, int, Candidates, Parts]]:
+        """What `rank` and `forecast` rest on: for some moments at a time, the distributions of steps 0, 1, ..."""
+        for span in self._spans(len(hidden_EH)):
+            gap_s = None if gap_s_E is None else gap_s_E[span]
+            candidates, moments = self._knowledge.moments(snapshot.take(span), gap_s)
+            with torch.inference_mode():
+                for n, parts in enumerate(self._steps(hidden_EH[span], moments, steps)):
+                    yield span, n, candidates, parts
+
+    @property
+    def keys_V(self) -> U32:
+        """Key of each row of the vocabulary, 0 = free."""
+        return self._keys_V
+
+    def rows(self, key_B: U32) -> I32:
+        """Rows of interests in the vocabulary, -1 where they are not."""
+        return self._knowledge.find(key_B)
+
     def _spans(self, count: int) -> list[slice]:
         size = max(1, _CHUNK_NUMBERS // max(1_000, len(self._keys_V)))
         return [slice(i, min(count, i + size)) for i in range(0, count, size)]
@@ -196,13 +217,15 @@ class Forecaster:
         for number in range(1, steps + 1):
             step = self._network.step(state_EH, view)
             logit_EV = self._network.logits(state_EH, moments.follower_EM, moments.lift_EM, self._log_popularity_V)
-            yield _Parts(step=step, logit_EV=logit_EV)
+            yield Parts(step=step, logit_EV=logit_EV)
             if number < steps:
                 state_EH = self._network.next_state(step, view, number + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Parts:
+class Parts:
+    """One step's distribution as the network gives it: its mixture is not built where it is not needed."""
+
     step: Step
     logit_EV: torch.Tensor
 
