@@ -2,13 +2,14 @@
 
 Beside the way of an event: only `driftline evaluate` runs them. Every model is asked for the scores of ALL interests
 before an event, then told the event; nothing here sees the future or samples negatives. Another model joins by one
-small class with `rank` and `update`.
+small class with `rank` and `update` (see docs/evaluation.md).
 
     recency          the user's own interests, most recent first, then everyone's, most recent first
     recency_markov   1 / (place in the own recency list) + 1.5 x P(next | last) counted over all users, then popularity
     popularity       counts of all users, decayed by the number of events
     markov           P(next | last) counted over all users, smoothed with popularity
-    vsknn            session kNN: sessions like the user's present one vote for what they held (see models/sessions.py)
+    vsknn            session kNN: sessions like the user's newest events vote for what they held (models/sessions.py)
+    lstm, gru4rec, sasrec   trained on the first part (models/sequences.py)
 
 Users and interests are small integers in the order of their first appearance, so a score array covers what is known.
 """
@@ -59,6 +60,16 @@ class Ranker(Protocol):
 
     def update(self, event: Seen) -> None:
         """Take in an event that has been ranked."""
+
+
+class Trainable(Ranker, Protocol):
+    """A model whose weights stay as they are between two trainings."""
+
+    def train(self) -> None:
+        """Learn from all events so far, from scratch."""
+
+    def copied(self) -> Trainable:
+        """One more that stands where this one stands."""
 
 
 def target_ranks(scores: Scores, targets: Numbers) -> Numbers:

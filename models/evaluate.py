@@ -236,9 +236,7 @@ def reliability(confidence_E: Floats, correct_E: Bools) -> Reliability:
     used = np.flatnonzero(events_K)
     confidence_K = np.bincount(bin_E, confidence_E, CALIBRATION_BINS)[used] / events_K[used]
     accuracy_K = np.bincount(bin_E, correct_E, CALIBRATION_BINS)[used] / events_K[used]
-    return Reliability(
-        confidence=confidence_K.tolist(), accuracy=accuracy_K.tolist(), events=events_K[used].tolist()
-    )
+    return Reliability(confidence=confidence_K.tolist(), accuracy=accuracy_K.tolist(), events=events_K[used].tolist())
 
 
 def expected_calibration_error(confidence_E: Floats, correct_E: Bools) -> float | None:

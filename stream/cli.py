@@ -403,17 +403,19 @@ def evaluate(
         float, typer.Option(min=0, max=0.99, help="Count from this share of the events on; all are learned.")
     ] = 0.5,
     models: Annotated[
-        str | None, typer.Option(help="Names with commas, or all; driftline,recency,recency_markov.")
+        str | None, typer.Option(help="Names with commas, module:Class of your own, or all; driftline and two rules.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Passes of each network, seeds 0, 1, ...")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Passes of what has a seed: 0, 1, ...")] = 1,
     horizon: Annotated[int | None, typer.Option(min=1, max=50, help="Steps ahead; forecast.steps.")] = None,
     weights_delay: Annotated[
-        int, typer.Option(min=0, help="Weights come so many events late, as through the topic; 0 = at once.")
-    ] = 0,
+        str,
+        typer.Option(metavar="N|Ns", help="New weights only every N events, or N seconds of event time; 0: at once."),
+    ] = "0",
     limit: Annotated[int | None, typer.Option(min=2, help="The first so many events only.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with curves and a reliability plot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The last line is JSON with all rows.")] = False,
 ) -> None:
-    """How good the forecasts are: each event is ranked before it is learned, beside rules, in one pass over a file.
+    """How good the forecasts are: each event is ranked before it is learned, beside other models, in one pass.
 
     Example: driftline evaluate events.csv.gz --map user=uid,interest=category,time=ts --report-from 0.5 --json
     """
@@ -427,29 +429,33 @@ def evaluate(
     config = plain_events(given.load().config)
     log_to(config.app, "evaluate")
     use_threads(config.learner.threads)
-    from stream.evaluation import DEFAULT_MODELS, MODELS, read_stream, rows_of
+    from stream.evaluation import DEFAULT_MODELS, MODELS, Delay, Wanted, read_stream
     from stream.evaluation import evaluate as run_models
-    from stream.terminal import evaluation_progress, file_form, open_source, print_evaluation, say_counts
+    from stream.evaluation_rows import rows_of
+    from stream.terminal import evaluation_progress, file_form, open_source, print_evaluation, say, say_counts
 
+    wanted = Wanted(
+        models=DEFAULT_MODELS if models is None else MODELS if models == "all" else tuple(models.split(",")),
+        report_from=report_from,
+        seeds=seeds,
+        horizon=horizon or config.forecast.steps,
+        delay=Delay.parse(weights_delay),
+    )
     console = Console(stderr=True)
     source = open_source(console, file, columns, file_form(header, separator, time_unit, sort, encoding))
     with source:
-        stream = read_stream(islice(source, limit))
+        stream = read_stream(islice(source, limit), config)
     say_counts(console, source)
-    names = DEFAULT_MODELS if models is None else MODELS if models == "all" else tuple(models.split(","))
+    for reason, count in stream.left_out.items():
+        say(console, f"{source.facts.name}: {count:,} events left out: {reason}")
     with evaluation_progress(console) as show:
-        outcomes = run_models(
-            stream,
-            config,
-            models=names,
-            report_from=report_from,
-            seeds=seeds,
-            horizon=horizon or config.forecast.steps,
-            weights_delay_events=weights_delay,
-            on_progress=show,
-        )
-    rows = rows_of(stream, outcomes, report_from)
+        outcomes = run_models(stream, config, wanted, show)
+    rows = rows_of(stream, outcomes, wanted)
     print_evaluation(Console(), rows)
+    if html is not None:
+        from stream.evaluation_page import write_evaluation
+
+        write_evaluation(html, f"Forecasts: {source.facts.name}", stream, outcomes, rows, wanted)
     if as_json:
         print(msgspec.json.encode({"rows": rows}).decode())
 

@@ -106,8 +106,22 @@ def print_summary(console: Console, judged: DemoScore) -> None:
 def evaluation_progress(console: Console, what: str = "events") -> Iterator[Callable[[str, int, int], None]]:
     """Which model is at which event, or which detector's turn it is."""
 
+    said_s = began_s = time.monotonic()
+    begun = ("", 0)  # whose turn it is, and where it began
+
     def show(model: str, done: int, total: int) -> None:
-        status.update(f"{model}: {done:,} of {total:,} {what}")
+        nonlocal said_s, began_s, begun
+        now_s = time.monotonic()
+        if model != begun[0] or done < begun[1]:
+            begun, began_s = (model, done), now_s
+        rate = (done - begun[1]) / (now_s - began_s) if now_s > began_s else 0.0
+        left = f", {rate:,.0f}/s, {(total - done) / rate:,.0f} s left" if rate else ""
+        text = f"{model}: {done:,} of {total:,} {what}{left}"
+        if console.is_terminal:
+            status.update(text)
+        elif now_s - said_s >= PLAIN_LINE_S:
+            said_s = now_s
+            say(console, text)
 
     with console.status("reading") as status:
         yield show
@@ -126,6 +140,23 @@ def print_evaluation(console: Console, rows: Sequence[Mapping[str, Any]]) -> Non
         count = next((row["n"] for row in chosen), 0)
         table.caption = f"{count:,} events"
         console.print(table)
+    table = Table(
+        "model",
+        "NDCG@10",
+        "accuracy",
+        "ECE",
+        "share MAE",
+        "share RMSE",
+        "events/s",
+        "MB",
+        title="Next event, all events",
+    )
+    for row in rows:
+        if (row["stratum"], row["horizon"]) == ("all", 1) and (row["model"] not in means or row["seed"] == "mean"):
+            keys = ("ndcg@10", "accuracy", "ece", "share_mae", "share_rmse")
+            shown = ("-" if row[key] is None else f"{row[key]:.4g}" for key in keys)
+            table.add_row(row["model"], *shown, f"{row['events_per_s']:,.0f}", f"{row['peak_mb']:,.0f}")
+    console.print(table)
 
 
 def _figures(row: Mapping[str, Any]) -> str:
