@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from models import sequences
 from models.baselines import Scores, Seen
 from models.evaluate import STRATA
 from models.features import interest_key
@@ -206,8 +207,9 @@ def test_every_model_gives_sound_figures(model: str) -> None:
     assert probabilities == (model not in ("recency", "recency_markov", "vsknn"))
 
 
-def test_what_is_trained_learns_an_order_and_learns_it_again() -> None:
+def test_what_is_trained_learns_an_order_and_learns_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cycle of interests is known after the training part; one that began later only in the retrained row."""
+    monkeypatch.setattr(sequences, "SAMPLES", 32)
     told = [(f"u{n % 5}", f"i{(n // 5) % 8 + (8 if n > 460 else 0)}", n) for n in range(800)]
     _stream, outcomes, _rows = run(told, "gru4rec", horizon=1)
     assert [o.model for o in outcomes] == ["gru4rec", "gru4rec_retrained"]
@@ -304,8 +306,8 @@ def test_what_a_worker_would_refuse_is_left_out_for_every_model() -> None:
 
 
 def test_two_hundred_thousand_interests() -> None:
-    """A stream in which nearly every event is a new interest: all are ranked, most are misses, and it says so."""
-    told = [(f"u{n % 50}", f"i{n}" if n % 4 else f"i{n % 40}", n) for n in range(267_000)]
+    """Nearly every event is a new interest: all are ranked, most are misses, and it says so."""
+    told = [(f"u{n % 50}", f"i{n}" if n % 50 else f"i{n % 40}", n) for n in range(205_000)]
     stream = read_stream(events(told), CONFIG)
     assert stream.interests > 200_000 and len({interest_key(i) for _, i, _ in told[:20_000]}) > 15_000
     few = Stream(
