@@ -10,7 +10,7 @@ SOURCES := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo setup check test sim kafka bench docs clean
+.PHONY: help demo setup check test sim faults kafka bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ SEED ?=
 SEEDS ?= 5000
 sim: $(DEV_STAMP) ## the broker-free simulator: SEEDS=n of them, or SEED=n to replay one with its trace
 	$(BIN)/python tests/simulator.py $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+MINUTES ?= 60
+faults: $(DEV_STAMP) ## the long set of faults on real processes and a real broker, and a soak; writes docs/reliability.md
+	$(BIN)/python tests/faults.py --report --minutes $(MINUTES)
 
 kafka: $(DEV_STAMP) ## run a local Apache Kafka until Ctrl-C (needs Java 17 and, the first time, Maven)
 	$(BIN)/python tests/kafka_broker.py run

@@ -67,6 +67,20 @@ def _remove(keys: Any, rows: Any, gone: Any) -> None:
         keys[hole] = 0
 
 
+@numba.njit(cache=True, nogil=True)
+def _store(rows: Any, row: Any, records: Any) -> None:
+    for i in range(len(row)):
+        rows[row[i], :] = records[i, :]
+
+
+def store_rows(rows: npt.NDArray[Any], row: npt.NDArray[np.int32], records: npt.NDArray[Any]) -> None:
+    """rows[row] = records, for whole records of one layout; other threads run meanwhile."""
+    size = rows.dtype.itemsize
+    wide = np.uint64 if size % 8 == 0 else np.uint8
+    records = np.ascontiguousarray(records)
+    _store(rows.view(wide).reshape(len(rows), -1), row, records.view(wide).reshape(len(records), -1))
+
+
 class KeyIndex:
     """Maps distinct non-zero uint64 keys to int32 rows.
 

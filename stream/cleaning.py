@@ -33,6 +33,7 @@ LOG_BYTES_MIN = 4_000_000  # shorter logs are left alone: there is nothing to ga
 BLOCKS_PER_BATCH_MAX = 8
 ERASED_BLOCKS_PER_BATCH = 1  # of a log that is short enough, but may hold users that were to be forgotten
 _READ_BLOCKS = 8
+READ_TIMEOUT_S = 0.2  # there is something to read: a log that is fetched over a network needs a moment to bring it
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,7 +78,8 @@ class Cleaner:
         """Before the commit: add the live records of the oldest blocks to the step where the log is too long."""
         live_bytes = len(state.arena) * state.arena.dtype.itemsize
         head = self._heads.setdefault(step.partition, _Head())
-        log_bytes = state.log_bytes - head.owed
+        # The batch itself lies in the log as well by the time that the head is deleted.
+        log_bytes = state.log_bytes - head.owed + step.records.nbytes
         for cleaned in range(BLOCKS_PER_BATCH_MAX):
             too_long = log_bytes > max(self._log_bytes_min, self._factor * live_bytes)
             if not too_long and (not state.rewrite_below or cleaned >= ERASED_BLOCKS_PER_BATCH):
@@ -133,7 +135,7 @@ class Cleaner:
         """The oldest block not looked at yet."""
         if not head.ahead:
             tp = TopicPartition(self._topic, partition)
-            for record in self._reader.read(tp, head.offset, 0.0, _READ_BLOCKS):
+            for record in self._reader.read(tp, head.offset, READ_TIMEOUT_S, _READ_BLOCKS):
                 value = record.value or b""
                 block = changelog.decode(value, f"{self._topic}-{partition}@{record.offset}")
                 head.ahead.append((record.offset, len(value), block))

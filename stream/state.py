@@ -7,17 +7,43 @@ engine's own (models/profile.py for the real one); it must have the fields `key`
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from models.index import KeyIndex
+from models.index import KeyIndex, store_rows
 
 Records = npt.NDArray[Any]  # structured, one row a user
 
 _CAPACITY_FIRST = 1_024
 _GROWTH = 1.5
+
+
+class _Memory:
+    """Zeroed memory that grows without a copy where the system can move its pages, and takes real pages when written.
+
+    Restoring a million users, an array that was copied to a larger one each time took a fifth of the time.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._map = self._new(size)
+
+    def _new(self, size: int) -> mmap.mmap:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def rows(self, dtype: np.dtype[Any]) -> Records:
+        rows: Records = np.frombuffer(self._map, dtype, len(self._map) // dtype.itemsize)
+        return rows
+
+    def grow(self, size: int) -> None:
+        try:
+            self._map.resize(size)
+        except (SystemError, BufferError, OSError):  # no mremap here, or somebody still looks at the old rows
+            grown = self._new(size)
+            grown[: len(self._map)] = self._map[:]
+            self._map = grown
 
 
 class Arena:
@@ -33,7 +59,8 @@ class Arena:
     """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
-        self._rows: Records = np.zeros(_CAPACITY_FIRST, dtype)
+        self._memory = _Memory(dtype.itemsize * _CAPACITY_FIRST)
+        self._rows: Records = self._memory.rows(dtype)
         self._index = KeyIndex(_CAPACITY_FIRST)
         self._used = 0  # rows ever used; the free ones among them are listed
         self._free: list[int] = []
@@ -74,7 +101,12 @@ class Arena:
         if len(fresh):
             row[fresh] = self._new_rows(len(fresh))
             self._index.insert(keys[fresh], row[fresh])
-        self._rows[row] = records
+        if not len(row):
+            return
+        if len(fresh) == len(row) and int(row[-1]) - int(row[0]) == len(row) - 1 and not self._free:
+            self._rows[row[0] : row[-1] + 1] = records
+        else:
+            store_rows(self._rows, row, records)
 
     def remove(self, keys: npt.NDArray[np.uint64]) -> int:
         """Forget users; returns how many of them were there."""
@@ -106,9 +138,10 @@ class Arena:
         reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
         fresh = count - len(reused)
         if self._used + fresh > len(self._rows):
-            grown = np.zeros(max(int(len(self._rows) * _GROWTH), self._used + fresh), self._rows.dtype)
-            grown[: self._used] = self._rows[: self._used]
-            self._rows = grown
-        rows = np.array(reused + list(range(self._used, self._used + fresh)), np.int32)
+            dtype, capacity = self._rows.dtype, max(int(len(self._rows) * _GROWTH), self._used + fresh)
+            del self._rows  # the memory cannot move while it is looked at
+            self._memory.grow(capacity * dtype.itemsize)
+            self._rows = self._memory.rows(dtype)
+        rows = np.concatenate([np.array(reused, np.int32), np.arange(self._used, self._used + fresh, dtype=np.int32)])
         self._used += fresh
         return rows

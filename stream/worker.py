@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,6 +48,7 @@ from stream.transport import GroupConsumer, Polled, Position, Producer, Record, 
 
 log = logging.getLogger(__name__)
 
+SWEEP_AFTER = 3  # looks at positions that an open transaction holds
 LOOK_INTERVAL_S = 1.0  # how often lag and users are reported
 
 Inputs = dict[TopicPartition, list[Record]]
@@ -148,6 +149,7 @@ class Worker:
         self._pending: Inputs = {}  # gathered, not committed yet
         self._failures: Counter[str] = Counter()  # in a row, by kind: of looks at the log, of commits
         self._stop: threading.Event | None = None
+        self._group: object = None  # proof of the last poll
         self._next_look_s = 0.0
         self._producer: Producer = parts.transport.producer(transactional_id=self._id)
         self._consumer: GroupConsumer = parts.transport.consumer(
@@ -256,6 +258,7 @@ class Worker:
             self._pending = {}
             self._seek_back()  # stops us, or goes on, as worker.lost_positions says
             return Polled()
+        self._group = polled.group
         for tp in polled.revoked:
             self._drop(tp.partition)
         for partition in sorted({tp.partition for tp in polled.assigned}):
@@ -389,6 +392,8 @@ class Worker:
                 self._producer.close()
                 # A new one of the same id aborts, or waits for, what the old one left open: then positions are final.
                 self._producer = self._parts.transport.producer(transactional_id=self._id)
+                if name == "outcome_open":
+                    self._sweep(attempted)
                 found = self._consumer.committed(list(attempted))
                 break
             except Retryable as again:
@@ -424,6 +429,24 @@ class Worker:
                 return self._consumer.committed(tps)
             except Retryable as error:
                 self._back_off("positions_unstable", error, "look")
+                if self._failures["look"] >= SWEEP_AFTER:
+                    self._producer.close()
+                    with suppress(Retryable):  # the next round tries again
+                        self._producer = self._parts.transport.producer(transactional_id=self._id)
+                        self._sweep(tps)
+
+    def _sweep(self, tps: Iterable[TopicPartition]) -> None:
+        """An aborted transaction over positions: ends what a broker has left pending there without knowing it.
+
+        Seen on Kafka 4.3.1, killed inside of a commit and started again: the positions of an attempt stayed pending for
+        ever, although the transaction was over for its coordinator. The attempt cannot have been committed, or its
+        positions would have been acknowledged before; an abort by the same id clears them.
+        """
+        self._producer.begin()
+        with suppress(Rebalanced):  # the log has heard which positions are meant: that is enough
+            self._producer.send_offsets({tp: Position(self._at.get(tp, 0)) for tp in tps}, self._group)
+        self._producer.abort()
+        self._parts.observer.event("positions_swept")
 
     def _seek_back(self) -> None:
         """Every partition that we run goes back to its committed position."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from stream.start import EARLIEST, Start
 from stream.testing import DigestEngine, Verdict, arena_content, fold_inputs, judge, read_all
 from stream.transport import Record, TopicSpec, Transport
 from stream.worker import Turn, WeightsSource, Worker, WorkerParts
+
+log = logging.getLogger(__name__)
 
 STREAMS = ("forecasts", "alerts", "warnings", "dead_letters", "metrics")
 
@@ -60,6 +63,7 @@ class Counting:
 
     def event(self, name: str, **facts: object) -> None:
         self.events[name] += 1
+        log.info("event=%s %s", name, facts)
         if "outcome" in facts:
             self.outcomes[str(facts["outcome"])] += 1
 
@@ -96,6 +100,8 @@ def make_worker(
     weights: WeightsSource | None = None,
     app: str = "app",
     log_bytes_min: int = 3_000,
+    cleaning_factor: float = 3.0,
+    block_bytes_max: int = 10_000,
     start: Start = EARLIEST,
     nonce: Callable[[], bytes] | None = None,
 ) -> Worker:
@@ -110,7 +116,8 @@ def make_worker(
             app=app,
             partitions=partitions,
             settings=msgspec.convert(base | (settings or {}), WorkerSettings),
-            block_bytes_max=10_000,
+            block_bytes_max=block_bytes_max,
+            cleaning_factor=cleaning_factor,
             clock=clock or time.monotonic,
             sleep=clock.advance if clock else time.sleep,
             nonce=nonce or (lambda: f"{time.monotonic_ns()}-{next(_nonces)}".encode()),

@@ -1,7 +1,11 @@
-"""A digest worker as a process of its own, that can be told to die by SIGKILL before a numbered commit step.
+"""A digest worker as a process of its own, that can be told to die or to stop itself at a named point.
 
     python digest_worker.py '{"log": {"embedded": "path"} | {"kafka": "host:port"}, "prefix": "x-", "partitions": 3,
-                              "slot": "0", "kill_step": 5, "kill_countdown": 2, "seconds": 60, "settings": {}}'
+                              "slot": "0", "fault": {"point": "step 5", "countdown": 2, "how": "kill"},
+                              "seconds": 60, "settings": {}}'
+
+Points: "step 1" to "step 7" of a commit; "send" a record; "committing" (the end of the transaction is on its way);
+"restore" a block; "rewrite" a block while cleaning; "delete" the head of the log. How: kill or stop (SIGSTOP).
 
 Ends with 0 on SIGTERM, with 3 when fenced, with 4 after `seconds`. Prints what it saw as one JSON line.
 """
@@ -9,17 +13,22 @@ Ends with 0 on SIGTERM, with 3 when fenced, with 4 after `seconds`. Prints what 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from digest_app import Counting, make_worker, topic_names
 
+from stream import restore
+from stream.cleaning import Cleaner
 from stream.embedded import EmbeddedLog
+from stream.embedded_producer import EmbeddedProducer
 from stream.errors import Fenced
 from stream.transport import Transport
 
@@ -30,23 +39,70 @@ def open_log(log: dict[str, Any]) -> Transport:
     from stream.kafka import KafkaLog
 
     session_ms = int(1_000 * log.get("session_s", 6.0))
-    settings = {"bootstrap_servers": log["kafka"], "session_timeout_ms": session_ms, "heartbeat_interval_ms": 200}
+    settings = {
+        "bootstrap_servers": log["kafka"], "session_timeout_ms": session_ms, "heartbeat_interval_ms": 200,
+        **log.get("settings", {}),
+    }  # fmt: skip
     return KafkaLog(settings, transaction_timeout_s=log.get("transaction_s", 10.0))
+
+
+def wrap(owner: Any, name: str, before: Callable[[], None]) -> None:
+    """Call `before` ahead of every call of owner.name."""
+    real = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        before()
+        return real(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def arm(fault: dict[str, Any], kafka: bool) -> Callable[[int], None]:
+    """Set the fault; returns what is to be called before each numbered step."""
+    left = fault.get("countdown", 1)
+    point = fault.get("point", "")
+
+    def bite() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGSTOP if fault.get("how") == "stop" else signal.SIGKILL)
+
+    producer: Any = EmbeddedProducer
+    if kafka:
+        from stream.kafka_producer import KafkaProducer as producer
+    if point == "send":
+        wrap(producer, "send", bite)
+    elif point == "committing":
+        if kafka:
+            real = producer._wait
+            producer._wait = lambda self, result, doing: (doing == "commit" and bite(), real(self, result, doing))[1]
+        else:
+            wrap(producer, "_retain", bite)  # inside of the SQLite transaction
+    elif point == "restore":
+        wrap(restore, "fold", bite)
+    elif point == "rewrite":
+        wrap(Cleaner, "_rewrite", bite)
+    elif point == "delete":
+        real_committed = Cleaner.committed
+
+        def committed(self: Cleaner, state: Any, step: Any) -> None:
+            if self._heads[step.partition].before:
+                bite()
+            real_committed(self, state, step)
+
+        Cleaner.committed = committed  # type: ignore[method-assign]
+    return lambda step: bite() if point == f"step {step}" else None
 
 
 def main() -> int:
     task = json.loads(sys.argv[1])
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    countdown = task.get("kill_countdown", 0)
-
-    def on_step(step: int) -> None:
-        nonlocal countdown
-        if step == task.get("kill_step"):
-            countdown -= 1
-            if countdown == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
+    logging.basicConfig(
+        level=os.environ.get("DIGEST_LOG", "CRITICAL"), format=f"%(asctime)s {task['slot']} %(message)s"
+    )
+    on_step = arm(task.get("fault", {}), "kafka" in task["log"])
     deadline_s = time.monotonic() + task["seconds"]
     threading.Thread(target=lambda: (time.sleep(task["seconds"]), stop.set()), daemon=True).start()
     observer = Counting()
@@ -57,7 +113,7 @@ def main() -> int:
         partitions=task["partitions"],
         on_step=on_step,
         observer=observer,
-        settings={"slot": task["slot"], **task.get("settings", {})},
+        settings={"slot": task["slot"], "retries_max": 60, "backoff_max_s": 1.0, **task.get("settings", {})},
         app=task["prefix"] + "app",
     )
     print("ready", flush=True)

@@ -138,11 +138,11 @@ class _DidNotStart(Exception):
 
 def _start_once(command: str, lib: Path, home: Path, heap: str, extra: str) -> Broker:
     port, controller_port = free_ports(2)
-    text = (SOURCES / "server.properties").read_text()
+    text = f"{(SOURCES / 'server.properties').read_text()}\n{extra}\n"
     for name, value in (("PORT", port), ("CONTROLLER_PORT", controller_port), ("DATA", home / "data")):
         text = text.replace(f"@{name}@", str(value))
     properties = home / "server.properties"
-    properties.write_text(f"{text}\n{extra}\n")
+    properties.write_text(text)
     classpath = str(lib / "*")
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[:22]
     prepare = [command, "-Xmx256m", "-cp", classpath, "kafka.tools.StorageTool", "format", "-t", cluster]

@@ -420,3 +420,79 @@ def test_a_refused_login_says_so_without_the_password(kafka_bootstrap: str, capl
     with pytest.raises(ConfigError, match="does not let us in") as caught:
         KafkaLog(settings)
     assert "not-to-be-shown" not in str(caught.value) + caplog.text
+
+
+# ── the holes of the fence ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _raw_commit(log: KafkaLog, transactional_id: str, offsets: dict[TopicPartition, int], group: object) -> None:
+    """A transaction with offsets, straight through the client library, without our producer's checks."""
+    from kafka.structs import OffsetAndMetadata
+    from kafka.structs import TopicPartition as ClientPartition
+
+    producer = log.producer(transactional_id=transactional_id)
+    client = producer._client
+    client.begin_transaction()
+    places = {ClientPartition(*tp): OffsetAndMetadata(offset, "", -1) for tp, offset in offsets.items()}
+    client.send_offsets_to_transaction(places, group)
+    client.commit_transaction()
+    producer.close()
+
+
+@pytest.mark.kafka
+def test_the_three_holes_of_the_brokers_fence(log: KafkaLog, topic: str) -> None:
+    """What the broker lets pass: empty offsets of a wrong generation, a plain group id, a partition of somebody else.
+
+    So every transaction of ours carries a real position and the proof of its own poll, and the owner drops what is
+    revoked. Should a broker close one of the holes, this test says so.
+    """
+    group = f"g-{topic}"
+    first = log.consumer(group=group, topics=[topic])
+    both = take(first, 2)
+    first.resume(both)
+    stale = first.poll(0.1, 10).group
+    second = log.consumer(group=group, topics=[topic])
+    gained: list[TopicPartition] = []
+    for _ in range(POLLS_MAX):
+        current = first.poll(0.02, 10).group
+        gained += second.poll(0.02, 10).assigned
+        if gained:
+            break
+    assert len(gained) == 1
+    with pytest.raises(Exception, match=r"IllegalGeneration|CommitFailed|Rebalance"):  # the fence that does hold
+        _raw_commit(log, f"id-{topic}-0", {both[0]: 3}, stale)
+    _raw_commit(log, f"id-{topic}-1", {}, stale)
+    _raw_commit(log, f"id-{topic}-2", {gained[0]: 5}, group)
+    assert first.committed(gained)[gained[0]] == Position(5)
+    _raw_commit(log, f"id-{topic}-3", {gained[0]: 7}, current)
+    assert first.committed(gained)[gained[0]] == Position(7), "the first one does not own it"
+    ours = log.producer(transactional_id=f"id-{topic}-4")
+    for positions, proof in (({}, current), ({both[0]: Position(1)}, group)):
+        ours.begin()
+        with pytest.raises(ValueError, match=r"proof|positions"):
+            ours.send_offsets(positions, proof)
+        ours.abort()
+    ours.close()
+    first.close()
+    second.close()
+
+
+@pytest.mark.kafka
+def test_a_barrier_with_positions_would_rewind_the_group(log: KafkaLog, topic: str) -> None:
+    """Of two positions the one that was SENT later stands: so a barrier, that is sent while another one's positions
+    are pending, carries none."""
+    consumer = log.consumer(group=f"g-{topic}", topics=[topic])
+    place = take(consumer, 2)[0]
+    consumer.resume([place])
+    proof = consumer.poll(0.1, 10).group
+    pending = log.producer(transactional_id=f"id-{topic}-a")
+    pending.begin()
+    pending.send_offsets({place: Position(100)}, proof)
+    barrier = log.producer(transactional_id=f"id-{topic}-b")
+    barrier.begin()
+    barrier.send_offsets({place: Position(50)}, proof)
+    barrier.commit()
+    pending.commit()
+    assert consumer.committed([place])[place] == Position(50)
+    for client in (pending, barrier, consumer):
+        client.close()

@@ -21,7 +21,7 @@ from stream.state import Arena
 from stream.transport import TopicPartition
 from stream.worker import Worker
 
-SEEDS = 600
+SEEDS = 300
 MUTANT_SEEDS_MAX = 2_000
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,0 +1,269 @@
+"""One log, its topics, worker processes on them, and a watch that reads along: what the fault tests are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from digest_app import create_topics, topic_names
+from digest_worker import open_log
+
+from stream.checkpoint import TopicNames
+from stream.errors import DriftlineError
+from stream.testing import Verdict, digest_event, judge, read_all
+from stream.transport import Record, TopicPartition, Transport
+
+PARTITIONS = 3
+HERE = Path(__file__).parent
+SECONDS = 7_200
+PATIENCE_S = 60.0
+
+
+class Watch:
+    """A committed reader that runs DURING the faults: it must see what a last reader sees, and nothing else (I2).
+
+    It also notes when results came (I8) and that committed positions never go back (I5).
+    """
+
+    def __init__(self, log: dict[str, Any], names: TopicNames, group: str) -> None:
+        self._log, self._names, self._group = log, names, group
+        self.seen: dict[TopicPartition, list[tuple[int, bytes | None]]] = {}
+        self.sent_ms: dict[int, list[int]] = {}  # when the results of a partition were sent, wall time
+        self.problems: list[str] = []
+        self.retries = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def results(self) -> int:
+        return sum(len(records) for records in self.seen.values())
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._follow()
+            except DriftlineError:
+                self.retries += 1
+                self._stop.wait(0.3)
+
+    def _follow(self) -> None:
+        transport = open_log(self._log)
+        reader = transport.reader()
+        highest: dict[TopicPartition, int] = {}
+        positions = _Positions(self._log, self._group, self._names.events[0])
+        topics = (self._names.outputs["forecasts"], self._names.outputs["dead_letters"])
+        try:
+            while not self._stop.is_set():
+                for tp in [TopicPartition(topic, p) for topic in topics for p in range(PARTITIONS)]:
+                    seen = self.seen.setdefault(tp, [])
+                    found = reader.read(tp, seen[-1][0] + 1 if seen else 0, 0.12, 5_000)
+                    if found:
+                        self.sent_ms.setdefault(tp.partition, []).extend(record.timestamp for record in found)
+                        seen += [(record.offset, record.value) for record in found]
+                for tp, offset in positions.ask().items():
+                    if offset < highest.get(tp, 0):
+                        self.problems.append(f"I5: {tp} went back from {highest[tp]} to {offset}")
+                    highest[tp] = offset
+        finally:
+            positions.close()
+            reader.close()
+            transport.close()
+
+    def close(self, reader: Any) -> list[str]:
+        """End it; what it saw must be what lies there now."""
+        for _ in range(100):  # it reads on until it has all
+            if all(len(seen) >= len(_all(reader, tp)) for tp, seen in self.seen.items()):
+                break
+            time.sleep(0.1)
+        self._stop.set()
+        self._thread.join(60)
+        for tp, seen in self.seen.items():
+            if seen != _all(reader, tp):
+                self.problems.append(f"I2: a reader during the faults saw another {tp.topic}-{tp.partition}")
+        return self.problems
+
+    def wait_for_more(self, partitions: Sequence[int], since_s: float, patience_s: float) -> float:
+        """Seconds from `since_s` (wall time) until every one of the partitions has had a new result (I8)."""
+        until_s = time.monotonic() + patience_s
+        while time.monotonic() < until_s:
+            later = [[ms for ms in self.sent_ms.get(p, []) if ms / 1_000 > since_s] for p in partitions]
+            if all(later):
+                return max(min(times) for times in later) / 1_000 - since_s
+            time.sleep(0.05)
+        raise AssertionError(f"I8: no progress in partitions {partitions} within {patience_s} s")
+
+
+def _all(reader: Any, tp: TopicPartition) -> list[tuple[int, bytes | None]]:
+    found: list[tuple[int, bytes | None]] = []
+    offset = 0
+    while records := reader.read(tp, offset, 0.5 if reader.__class__.__module__ == "stream.kafka" else 0.0, 5_000):
+        found += [(record.offset, record.value) for record in records]
+        offset = records[-1].offset + 1
+    return found
+
+
+class _Positions:
+    """The committed positions of a group, asked from outside of it."""
+
+    def __init__(self, log: dict[str, Any], group: str, topic: str) -> None:
+        self._log, self._group = log, group
+        self._tps = [TopicPartition(topic, p) for p in range(PARTITIONS)]
+        self._client: Any = None
+        self._next_s = 0.0
+
+    def ask(self) -> dict[TopicPartition, int]:
+        if "kafka" not in self._log or time.monotonic() < self._next_s:
+            return {}
+        from kafka import KafkaConsumer, errors
+        from kafka.structs import TopicPartition as ClientPartition
+
+        self._next_s = time.monotonic() + 0.5
+        try:
+            if self._client is None:
+                self._client = KafkaConsumer(
+                    bootstrap_servers=[self._log["kafka"]],
+                    group_id=self._group,
+                    enable_auto_commit=False,
+                    isolation_level="read_committed",
+                    request_timeout_ms=5_000,
+                )
+            found = {tp: self._client.committed(ClientPartition(*tp), timeout_ms=1_000) for tp in self._tps}
+        except errors.KafkaError:
+            return {}
+        return {tp: offset for tp, offset in found.items() if offset is not None}
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close(autocommit=False)
+
+
+@dataclass
+class Ended:
+    """How a run ended."""
+
+    verdict: Verdict
+    problems: list[str]
+    inputs: int
+    bit: dict[str, int] = field(default_factory=dict)
+
+
+class Site:
+    """One log, its topics, and worker processes on them."""
+
+    def __init__(self, log: dict[str, Any], *, through: dict[str, Any] | None = None) -> None:
+        """Make the topics. Workers use `through` (a proxy, say) where it is given, everything else uses `log`."""
+        self.log = log
+        self.through = through or log
+        self.prefix = f"t{uuid.uuid4().hex[:10]}-"
+        self.names: TopicNames = topic_names(self.prefix)
+        self.transport: Transport = open_log(log)
+        create_topics(self.transport, self.names, PARTITIONS)
+        self.processes: list[subprocess.Popen[str]] = []
+        self.sent = self.acked = 0
+        self.reports: list[dict[str, Any]] = []
+        self.watch = Watch(log, self.names, self.prefix + "app")
+
+    def fill(self, rng: random.Random, count: int) -> None:
+        batches: dict[int, list[tuple[bytes | None, bytes | None, int]]] = {}
+        for _ in range(count):
+            key, value, timestamp_ms = digest_event(f"u{int(rng.paretovariate(0.7)) % 60}", self.sent)
+            self.sent += 1
+            batches.setdefault(sum(key) % PARTITIONS, []).append(
+                (key, None if rng.random() < 0.01 else value, timestamp_ms)
+            )
+        for partition, records in batches.items():
+            self.append(partition, records)
+
+    def append(self, partition: int, records: list[tuple[bytes | None, bytes | None, int]]) -> None:
+        """Input records; `acked` counts those that the log has confirmed. A log that is away is tried for a minute.
+
+        A try that failed may have stored some: then there are more inputs than acknowledged ones, as with any producer.
+        """
+        until_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self.acked += self.transport.append(self.names.events[0], partition, iter(records))
+                return
+            except DriftlineError:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(0.3)
+
+    def inputs(self) -> int:
+        """How many records the input topic holds."""
+        reader = self.transport.reader()
+        try:
+            return sum(reader.bounds(TopicPartition(self.names.events[0], p))[1] for p in range(PARTITIONS))
+        finally:
+            reader.close()
+
+    def start(self, slot: str = "0", *, wait: bool = True, **task: Any) -> subprocess.Popen[str]:
+        given = {
+            "log": self.through, "prefix": self.prefix, "partitions": PARTITIONS, "slot": slot, "seconds": SECONDS,
+            **task,
+        }  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "digest_worker.py"), json.dumps(given)],
+            cwd=HERE.parent,
+            env={
+                "PYTHONPATH": f"{HERE.parent}:{HERE}",
+                "PATH": os.defpath,
+                "DIGEST_LOG": os.environ.get("DIGEST_LOG", "CRITICAL"),
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        if wait:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return process
+
+    def wait_drained(self, seconds: float) -> None:
+        deadline_s = time.monotonic() + seconds
+        wanted = self.inputs()
+        while self.watch.results < wanted:
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"{self.watch.results} of {wanted} inputs were answered within {seconds} s")
+            time.sleep(0.05)
+
+    def stop(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=40)
+        assert process.returncode == 0, f"SIGTERM under load must end with 0, not {process.returncode}"
+        self.reports.append(json.loads(out.splitlines()[-1]))
+        return self.reports[-1]
+
+    def ended(self) -> Ended:
+        """The oracle's verdict on what lies in the log now, beside what the watch saw."""
+        reader = self.transport.reader()
+        wait_s = 0.5 if self.transport.name == "kafka" else 0.0
+        inputs: list[Record] = list(read_all(reader, self.names.events[0], PARTITIONS, wait_s))
+        outputs = list(read_all(reader, self.names.outputs["forecasts"], PARTITIONS, wait_s))
+        dead = list(read_all(reader, self.names.outputs["dead_letters"], PARTITIONS, wait_s))
+        verdict = judge(inputs, outputs, dead)
+        problems = verdict.problems + self.watch.close(reader)
+        reader.close()
+        if verdict.outputs + verdict.dead_letters != len(inputs) or len(inputs) < self.acked:
+            problems.append(f"I1: {self.acked} acked, {len(inputs)} in, {verdict.outputs}+{verdict.dead_letters} out")
+        return Ended(verdict=verdict, problems=problems, inputs=len(inputs))
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        self.watch._stop.set()
+        self.watch._thread.join(30)
+        self.transport.close()

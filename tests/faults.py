@@ -1,0 +1,655 @@
+"""The long set of faults: real worker processes, a real broker, everything that can be done to them, and the oracle.
+
+    python tests/faults.py                       all parts, then the soak (`make faults`)
+    python tests/faults.py kills zombies         these parts only
+    python tests/faults.py soak --minutes 60     the soak alone
+    python tests/faults.py --list
+
+Every part proves that its fault bit (I10) and gives a row: what was done how often, records in and out, lost, doubled,
+reordered, and the longest time to progress after the last fault. Rows are added to docs/reliability.md (--report).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fault_site import PARTITIONS, Ended, Site
+from kafka_broker import Broker, free_ports, start
+from kafka_proxy import ADD_OFFSETS, END_TXN, PRODUCE, TXN_OFFSET_COMMIT, Proxy
+
+from stream.errors import DriftlineError
+
+SESSION_S = 3.0
+TRANSACTION_S = 4.0
+SETTINGS = {"batch_events_max": 20}
+POINTS = (*(f"step {n}" for n in range(1, 8)), "send", "committing", "restore", "rewrite", "delete")
+REPORT = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+
+
+@dataclass(kw_only=True)
+class Row:
+    """What a part gave."""
+
+    part: str
+    faults: int
+    bit: Counter[str] = field(default_factory=Counter)
+    inputs: int = 0
+    outputs: int = 0
+    dead_letters: int = 0
+    lost: int = 0
+    doubled: int = 0
+    reordered: int = 0
+    progress_s: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, ended: Ended) -> None:
+        """Take a verdict in; any problem ends the part."""
+        self.inputs += ended.inputs
+        self.outputs += ended.verdict.outputs
+        self.dead_letters += ended.verdict.dead_letters
+        for problem in ended.problems:
+            self.lost += problem.startswith("I1")
+            self.doubled += problem.startswith("I2")
+            self.reordered += problem.startswith("I3")
+        assert ended.problems == [], ended.problems
+
+
+def kill_and_recover(site: Site, points: list[str], rng: random.Random) -> None:
+    """Kill one life after the other at the given points, load arriving all the while; the last life drains all."""
+    for point in points:
+        site.fill(rng, 300)
+        fault = {"point": point, "countdown": rng.randrange(2, 6)}
+        process = site.start(fault=fault, settings=SETTINGS)
+        until_s = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until_s:
+            if point in ("rewrite", "delete"):  # needs a long log
+                site.fill(rng, 100)
+            time.sleep(0.1)
+        assert process.poll() == -signal.SIGKILL, f"the kill at {point} did not bite"
+    site.fill(rng, 100)
+    last = site.start(settings=SETTINGS)
+    site.wait_drained(60)
+    site.stop(last)
+    assert site.ended().problems == []
+
+
+class Bench:
+    """One broker for the parts, started when it is first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._broker: Broker | None = None
+        self._count = 0
+
+    @property
+    def broker(self) -> Broker:
+        if self._broker is None:
+            self._broker = self.fresh()
+        return self._broker
+
+    def fresh(self, extra: str = "") -> Broker:
+        self._count += 1
+        return start(self.folder / f"kafka-{self._count}", heap="-Xmx768m", extra=extra)
+
+    def kafka(self, broker: Broker | None = None, **log: Any) -> Iterator[Site]:
+        bootstrap = (broker or self.broker).bootstrap
+        return closing(Site({"kafka": bootstrap, "session_s": SESSION_S, "transaction_s": TRANSACTION_S, **log}))
+
+    def embedded(self) -> Iterator[Site]:
+        self._count += 1
+        return closing(Site({"embedded": str(self.folder / f"log-{self._count}.db"), "session_s": 1.0}))
+
+    def close(self) -> None:
+        if self._broker is not None:
+            self._broker.stop()
+
+
+def closing(site: Site) -> Any:
+    return contextlib.closing(site)
+
+
+# ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def kills(bench: Bench, count: int = 54, log: str = "kafka") -> Row:
+    """F1, F14: one life after the other is killed at a named point, all points in turn."""
+    row = Row(part=f"kill -9 of a worker at a named point, {log}", faults=0)
+    for seed in range(-(-count // len(POINTS))):
+        with bench.kafka() if log == "kafka" else bench.embedded() as site:
+            rng = random.Random(seed)
+            points = rng.sample(POINTS, len(POINTS))[: count - row.faults]
+            kill_and_recover(site, points, rng)
+            row.faults += len(points)
+            row.bit.update([f"killed at {point}" for point in points])
+            row.add(site.ended())
+    return row
+
+
+def kills_embedded(bench: Bench) -> Row:
+    """F14: the same on the embedded log."""
+    return kills(bench, 24, "embedded")
+
+
+def takeovers(bench: Bench, count: int = 10, log: str = "kafka") -> Row:
+    """F1, I8: one of two workers is killed inside of a transaction; the other one takes over."""
+    row = Row(part=f"kill -9 of one of two workers, takeover, {log}", faults=0)
+    with bench.kafka() if log == "kafka" else bench.embedded() as site:
+        rng = random.Random(5)
+        site.fill(rng, 300)
+        living = site.start("0", settings=SETTINGS)
+        for n in range(count):
+            site.fill(rng, 300)
+            other = site.start(str(1 + n), settings=SETTINGS)
+            point = rng.choice(["step 4", "step 6", "committing", "send"])
+            settle(site, rng, 1.5)
+            victim = site.start("victim", settings=SETTINGS, fault={"point": point, "countdown": rng.randrange(3, 9)})
+            until_s = time.monotonic() + 30
+            while victim.poll() is None and time.monotonic() < until_s:
+                site.fill(rng, 40)
+                time.sleep(0.1)
+            killed_s = time.time()
+            assert victim.poll() == -signal.SIGKILL, f"the kill at {point} did not bite"
+            site.fill(rng, 300)
+            patience_s = 2 * (SESSION_S + TRANSACTION_S)
+            row.progress_s = max(row.progress_s, site.watch.wait_for_more(range(PARTITIONS), killed_s, patience_s))
+            row.faults += 1
+            row.bit["takeover"] += 1
+            site.stop(living)
+            living = other
+        finish(site, row, [living])
+    return row
+
+
+def takeovers_embedded(bench: Bench) -> Row:
+    """The same on the embedded log."""
+    return takeovers(bench, 5, "embedded")
+
+
+def zombies(bench: Bench, count: int = 10, log: str = "kafka") -> Row:
+    """F3: a worker stands still inside of a transaction beyond its session; another takes over; it wakes up."""
+    row = Row(part=f"zombie: SIGSTOP inside a transaction, takeover, SIGCONT, {log}", faults=0)
+    for n in range(count):
+        with bench.kafka() if log == "kafka" else bench.embedded() as site:
+            rng = random.Random(100 + n)
+            site.fill(rng, 400)
+            point = ("step 6", "committing", "send", "step 5", "step 7")[n % 5]
+            if log == "embedded" and not point.startswith("step"):
+                point = "step 6"  # one that stands inside a write holds the file's lock: nobody can go on, by design
+            zombie = site.start("0", settings=SETTINGS, fault={"point": point, "countdown": 3, "how": "stop"})
+            wait_for_state(zombie, "T", 30)
+            site.fill(rng, 200)
+            heir = site.start("1", settings=SETTINGS)
+            site.watch.wait_for_more(range(PARTITIONS), time.time(), 2 * (SESSION_S + TRANSACTION_S))
+            os.kill(zombie.pid, signal.SIGCONT)
+            woken_s = time.time()
+            site.fill(rng, 300)
+            row.progress_s = max(
+                row.progress_s, site.watch.wait_for_more(range(PARTITIONS), woken_s, 2 * (SESSION_S + TRANSACTION_S))
+            )
+            row.faults += 1
+            row.bit[f"stopped at {point}"] += 1
+            finish(site, row, [heir, zombie])
+    return row
+
+
+def zombies_embedded(bench: Bench) -> Row:
+    """F14: SIGSTOP of the lease holder."""
+    return zombies(bench, 5, "embedded")
+
+
+def same_slot(bench: Bench, count: int = 5) -> Row:
+    """F4: two workers of one slot; the older one stops with its own exit code, the newer one goes on."""
+    row = Row(part="two workers of one slot: the older is fenced and exits 3, Kafka", faults=0)
+    with bench.kafka() as site:
+        rng = random.Random(6)
+        site.fill(rng, 200)
+        older = site.start("0", settings=SETTINGS)
+        settle(site, rng, 1.0)
+        for _ in range(count):
+            newer = site.start("0", settings=SETTINGS)
+            until_s = time.monotonic() + 40
+            while older.poll() is None and time.monotonic() < until_s:
+                site.fill(rng, 30)
+                time.sleep(0.1)
+            assert older.returncode == 3, f"the older one ended with {older.returncode}"
+            row.faults += 1
+            row.bit["fenced"] += 1
+            older = newer
+            settle(site, rng, 1.0)
+        finish(site, row, [older])
+    return row
+
+
+def storm(bench: Bench, rounds: int = 3, log: str = "kafka") -> Row:
+    """F5: 1 -> 4 -> 2 -> 1 workers every 5 s under load, again and again."""
+    row = Row(part=f"rebalance storm 1 -> 4 -> 2 -> 1 every 5 s, {log}", faults=0)
+    with bench.kafka() if log == "kafka" else bench.embedded() as site:
+        rng = random.Random(7)
+        site.fill(rng, 200)
+        workers = [site.start("0", settings=SETTINGS)]
+        for _ in range(rounds):
+            for size in (4, 2, 1):
+                while len(workers) < size:
+                    workers.append(site.start(f"{len(workers)}-{row.faults}", settings=SETTINGS))
+                    row.faults += 1
+                while len(workers) > size:
+                    leaver = workers.pop(rng.randrange(len(workers)))
+                    row.faults += 1
+                    if rng.random() < 0.5:
+                        leaver.kill()
+                    else:
+                        site.stop(leaver)
+                settle(site, rng, 5.0)
+        since_s = time.time()
+        site.fill(rng, 200)
+        row.progress_s = site.watch.wait_for_more(range(PARTITIONS), since_s, 2 * (SESSION_S + TRANSACTION_S))
+        finish(site, row, workers)
+        assert row.bit["saw partition_dropped"] > 0
+    return row
+
+
+def storm_embedded(bench: Bench) -> Row:
+    """The same on the embedded log."""
+    return storm(bench, 1, "embedded")
+
+
+def broker_kills(bench: Bench, count: int = 10) -> Row:
+    """F2: kill -9 of the broker under load, and a restart."""
+    row = Row(part="kill -9 and restart of the broker under load", faults=0)
+    broker = bench.fresh()
+    try:
+        with bench.kafka(broker) as site:
+            rng = random.Random(8)
+            site.fill(rng, 400)
+            workers = [site.start(str(n), settings=SETTINGS) for n in range(2)]
+            for _ in range(count):
+                settle(site, rng, 2.0)
+                site.fill(rng, 300)
+                time.sleep(rng.random() * 0.3)
+                broker.kill()
+                broker.restart()
+                back_s = time.time()
+                row.faults += 1
+                site.fill(rng, 200)
+                row.progress_s = max(row.progress_s, site.watch.wait_for_more(range(PARTITIONS), back_s, 60))
+            finish(site, row, workers)
+            row.bit["the watch lost the broker"] = site.watch.retries
+            assert row.bit["the watch lost the broker"] + row.bit["saw retry"] + row.bit["saw commit_failed"] > 0
+    finally:
+        broker.stop()
+    return row
+
+
+def broker_pauses(bench: Bench) -> Row:
+    """F2: SIGSTOP of the broker for 5, 20 and 40 s."""
+    row = Row(part="SIGSTOP of the broker for 5, 20, 40 s", faults=0)
+    broker = bench.fresh()
+    try:
+        with bench.kafka(broker) as site:
+            rng = random.Random(9)
+            site.fill(rng, 400)
+            workers = [site.start(str(n), settings=SETTINGS) for n in range(2)]
+            for pause_s in (5, 20, 40):
+                settle(site, rng, 2.0)
+                site.fill(rng, 300)
+                os.kill(broker.pid, signal.SIGSTOP)
+                time.sleep(pause_s)
+                os.kill(broker.pid, signal.SIGCONT)
+                back_s = time.time()
+                row.faults += 1
+                site.fill(rng, 200)
+                row.progress_s = max(row.progress_s, site.watch.wait_for_more(range(PARTITIONS), back_s, 60))
+            finish(site, row, workers)
+            assert row.bit["saw retry"] + row.bit["saw commit_failed"] + row.bit["saw rebalanced"] > 0
+    finally:
+        broker.stop()
+    return row
+
+
+def network(bench: Bench, rounds: int = 6) -> Row:
+    """F6: a proxy that drops, delays and resets; the end of transactions above all."""
+    row = Row(part="a proxy drops, delays, resets requests (EndTxn above all)", faults=0)
+    port, proxied, inner = free_ports(3)
+    extra = (
+        f"listeners=PLAINTEXT://127.0.0.1:@PORT@,CONTROLLER://127.0.0.1:@CONTROLLER_PORT@,PROXIED://127.0.0.1:{inner}\n"
+        f"advertised.listeners=PLAINTEXT://127.0.0.1:@PORT@,PROXIED://127.0.0.1:{proxied}\n"
+        "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT\n"
+    )
+    del port
+    broker = bench.fresh(extra)
+    proxy = Proxy(proxied, inner)
+    log = {"kafka": broker.bootstrap, "session_s": SESSION_S, "transaction_s": TRANSACTION_S}
+    through = {
+        **log, "kafka": f"127.0.0.1:{proxied}",
+        "settings": {"request_timeout_ms": 3_100, "fetch_max_wait_ms": 100},
+    }  # fmt: skip
+    try:
+        with closing(Site(log, through=through)) as site:
+            rng = random.Random(10)
+            site.fill(rng, 300)
+            worker = site.start(settings=SETTINGS)
+            settle(site, rng, 1.0)
+            for n in range(rounds * 4):
+                what = ("reset after", "drop", "reset", "delay")[n % 4]
+                key = rng.choice([END_TXN, END_TXN, END_TXN, TXN_OFFSET_COMMIT, ADD_OFFSETS, PRODUCE])
+                left = rng.randrange(1, 3)
+
+                def rule(asked: int, what: str = what, key: int = key) -> str:
+                    nonlocal left
+                    if asked == key and left > 0:
+                        left -= 1
+                        return what
+                    return "pass"
+
+                proxy.rule = rule
+                site.fill(rng, 200)
+                site.wait_drained(60)
+                proxy.rule = lambda asked: "pass"
+                row.faults += 1
+            since_s = time.time()
+            site.fill(rng, 200)
+            row.progress_s = site.watch.wait_for_more(range(PARTITIONS), since_s, 2 * (SESSION_S + TRANSACTION_S))
+            finish(site, row, [worker])
+            row.bit.update({f"proxy: {what}": count for what, count in proxy.bit.items()})
+            assert sum(proxy.bit.values()) >= rounds and row.bit["saw commit_settled"] > 0
+    finally:
+        proxy.close()
+        broker.stop()
+    return row
+
+
+def poison(bench: Bench) -> Row:
+    """F8: random bytes, broken JSON, 5 MB records, null keys and values, a thousand in a row."""
+    row = Row(part="poison: random bytes, broken JSON, 5 MB, nulls, 1,000 in a row", faults=0)
+    broker = bench.fresh("message.max.bytes=7000000\nreplica.fetch.max.bytes=7000000")
+    try:
+        with bench.kafka(broker, settings={"max_request_size": 7_000_000}) as site:
+            rng = random.Random(11)
+            settings = {"batch_events_max": 200, "poison_share_max": 1.0}
+            worker = site.start(settings=settings)
+            bad: list[tuple[bytes | None, bytes | None]] = [
+                (b"k", rng.randbytes(100)), (b"k", b'{"user": "k", "inter'), (None, b"{}"), (b"k", None),
+                (b"k", b'{"user": 5}'), (b"k", b'{"user": NaN}'), (b"other", b'{"user": "k"}'), (b"k", b""),
+                (b"k", rng.randbytes(5_000_000)), (b"k", b"\xff\xfe" * 40_000),
+            ]  # fmt: skip
+            for key, value in [*bad, *(rng.choice(bad[:8]) for _ in range(1_000)), *bad]:
+                site.append(rng.randrange(PARTITIONS), [(key, value, 1)])
+                row.faults += 1
+                if row.faults % 20 == 0:
+                    site.fill(rng, 10)
+            finish(site, row, [worker])
+            assert row.dead_letters >= row.faults
+    finally:
+        broker.stop()
+    return row
+
+
+def disk_full(bench: Bench) -> Row:
+    """F7: the broker's disk is full (a limit on the size of its files); it stops; with room it starts again."""
+    row = Row(part="disk full at the broker (file-size limit), healed by itself", faults=0)
+    broker = bench.fresh()
+    try:
+        with bench.kafka(broker) as site:
+            rng = random.Random(12)
+            site.fill(rng, 400)
+            worker = site.start(settings=SETTINGS)
+            settle(site, rng, 2.0)
+            resource.prlimit(broker.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+            until_s = time.monotonic() + 60
+            while broker.process.poll() is None and time.monotonic() < until_s:
+                with contextlib.suppress(Exception):
+                    site.transport.append(site.names.outputs["alerts"], 0, iter([(b"k", bytes(30_000), 1)] * 3))
+                time.sleep(0.2)
+            row.bit["the broker stopped"] += broker.process.poll() is not None
+            broker.kill()
+            broker.restart()
+            back_s = time.time()
+            row.faults += 1
+            site.fill(rng, 300)
+            row.progress_s = site.watch.wait_for_more(range(PARTITIONS), back_s, 90)
+            finish(site, row, [worker])
+            assert row.bit["the broker stopped"] == 1
+    finally:
+        broker.stop()
+    return row
+
+
+def disk_full_embedded(bench: Bench) -> Row:
+    """F7, F14: the embedded log cannot grow any more; the worker waits, and goes on by itself once it can."""
+    row = Row(part="disk full at the embedded log (file-size limit), healed by itself", faults=0)
+    with bench.embedded() as site:
+        rng = random.Random(13)
+        site.fill(rng, 400)
+        worker = site.start(settings=SETTINGS)
+        settle(site, rng, 1.5)
+        for _ in range(3):
+            size = Path(site.log["embedded"] + "-wal").stat().st_size
+            del size
+            _, hard = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (8_192, hard))
+            before = site.watch.results
+            site.fill(rng, 300)
+            time.sleep(2.0)
+            stuck = site.watch.results
+            row.bit["stood still"] += stuck < before + 300
+            resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (hard, hard))
+            healed_s = time.time()
+            row.faults += 1
+            site.fill(rng, 50)
+            row.progress_s = max(row.progress_s, site.watch.wait_for_more(range(PARTITIONS), healed_s, 30))
+        finish(site, row, [worker])
+        assert row.bit["stood still"] == 3 and row.bit["saw commit_failed"] > 0
+    return row
+
+
+def terms(bench: Bench, count: int = 10) -> Row:
+    """F13: SIGTERM under load: exit 0, and the next life has nothing to take back."""
+    row = Row(part="SIGTERM under load: exit 0, nothing to settle", faults=0)
+    with bench.kafka() as site:
+        rng = random.Random(14)
+        for _ in range(count):
+            site.fill(rng, 300)
+            worker = site.start(settings=SETTINGS)
+            site.watch.wait_for_more([0], time.time(), 20)
+            site.fill(rng, 300)
+            site.stop(worker)
+            row.faults += 1
+            row.bit["ended with 0"] += 1
+        finish(site, row, [site.start(settings=SETTINGS)])
+    return row
+
+
+def soak(bench: Bench, minutes: float) -> Row:
+    """F16: all of it, in any order, for as long as asked; memory, open files and the log's size stay flat."""
+    row = Row(part=f"soak, {minutes:g} minutes of random faults on Kafka", faults=0)
+    broker = bench.fresh("log.segment.bytes=1048576\nlog.segment.delete.delay.ms=1000\nfile.delete.delay.ms=1000")
+    try:
+        with bench.kafka(broker) as site:
+            rng = random.Random(16)
+            site.fill(rng, 300)
+            steady = site.start("steady", settings=SETTINGS)
+            workers: dict[str, subprocess.Popen[str]] = {}
+            until_s = time.monotonic() + 60 * minutes
+            figures: list[tuple[float, int, int]] = []
+            lives = 0
+            while time.monotonic() < until_s:
+                settle(site, rng, rng.uniform(1.0, 4.0))
+                slot, dice = rng.choice("ab"), rng.random()
+                if slot not in workers or workers[slot].poll() is not None:
+                    lives += 1
+                    point = rng.choice([*POINTS, "none", "none"])
+                    fault = {"point": point, "countdown": rng.randrange(5, 60), "how": "kill"}
+                    workers[slot] = site.start(slot, settings=SETTINGS, fault=fault)
+                elif dice < 0.25:
+                    workers.pop(slot).kill()
+                    row.bit["killed"] += 1
+                elif dice < 0.4:
+                    site.stop(workers.pop(slot))
+                    row.bit["ended with SIGTERM"] += 1
+                elif dice < 0.5:
+                    os.kill(workers[slot].pid, signal.SIGSTOP)
+                    settle(site, rng, rng.uniform(1.0, 2 * SESSION_S))
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(workers[slot].pid, signal.SIGCONT)
+                    row.bit["zombie"] += 1
+                elif dice < 0.54:
+                    broker.kill()
+                    broker.restart()
+                    site.fill(rng, 50)
+                    row.bit["broker killed"] += 1
+                else:
+                    continue
+                row.faults += 1
+                figures.append((time.time(), *figures_of(steady.pid)))
+            since_s = time.time()
+            site.fill(rng, 200)
+            row.progress_s = site.watch.wait_for_more(range(PARTITIONS), since_s, 2 * (SESSION_S + TRANSACTION_S))
+            third = len(figures) // 3
+            if third:
+                for name, at in (("MB", 1), ("files", 2)):
+                    early = max(f[at] for f in figures[third : 2 * third] or figures)
+                    late = max(f[at] for f in figures[2 * third :])
+                    row.bit[f"{name} of the steady worker, middle third"] = early
+                    row.bit[f"{name} of the steady worker, last third"] = late
+            state = [site.transport.reader().bounds((site.names.state, p)) for p in range(PARTITIONS)]  # type: ignore[arg-type]
+            row.bit["records in the state log at the end"] = sum(end - head for head, end in state)
+            row.bit["records ever in the state log"] = sum(end for _, end in state)
+            finish(site, row, [steady, *(w for w in workers.values() if w.poll() is None)])
+    finally:
+        broker.stop()
+    return row
+
+
+# ── what parts share ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settle(site: Site, rng: random.Random, seconds: float) -> None:
+    """Load for some time."""
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        site.fill(rng, 20)
+        time.sleep(0.1)
+
+
+def finish(site: Site, row: Row, workers: list[subprocess.Popen[str]]) -> None:
+    """Drain, end the workers, judge."""
+    site.wait_drained(120)
+    for worker in workers:
+        if worker.poll() is None:
+            site.stop(worker)
+    for report in site.reports:
+        row.bit.update({f"saw {name}": count for name, count in (report["events"] | report["outcomes"]).items()})
+    row.add(site.ended())
+
+
+def wait_for_state(process: subprocess.Popen[str], state: str, seconds: float) -> None:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        text = Path(f"/proc/{process.pid}/stat").read_text()
+        if text[text.rindex(")") + 2] == state:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the process did not come to state {state}: the fault did not bite")
+
+
+def figures_of(pid: int) -> tuple[int, int]:
+    """Resident memory in MB and open files of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+PARTS: dict[str, Callable[[Bench], Row]] = {
+    part.__name__: part
+    for part in (
+        kills, kills_embedded, takeovers, takeovers_embedded, zombies, zombies_embedded, same_slot, storm,
+        storm_embedded, broker_kills, broker_pauses, network, poison, disk_full, disk_full_embedded, terms,
+    )
+}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for docs/reliability.md."""
+    lines = [
+        "| what was done | times | in | out | dead letters | lost / doubled / reordered | progress, s | took, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['part']} | {r['faults']} | {r['inputs']} | {r['outputs']} | {r['dead_letters']} | "
+            f"{r['lost']} / {r['doubled']} / {r['reordered']} | "
+            f"{round(r['progress_s'], 1) or '-'} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_report(rows: list[dict[str, Any]]) -> None:
+    """Put the table between the marks of docs/reliability.md."""
+    text = REPORT.read_text()
+    begin, end = "<!-- faults: begin -->", "<!-- faults: end -->"
+    head, tail = text.partition(begin)[0], text.partition(end)[2]
+    bites = "\n".join(
+        f"- {r['part']}: " + ", ".join(f"{name} {count}" for name, count in sorted(r["bit"].items()) if count)
+        for r in rows
+    )
+    REPORT.write_text(f"{head}{begin}\n{table(rows)}\n\nWhat bit, and what the workers saw:\n\n{bites}\n{end}{tail}")
+
+
+def main() -> int:
+    """The command line; see the top of the file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", help="all but the soak where none is named; `soak` is one as well")
+    parser.add_argument("--minutes", type=float, default=60.0, help="length of the soak")
+    parser.add_argument("--rows", type=Path, help="a file of JSON lines that rows are added to and the report uses")
+    parser.add_argument("--report", action="store_true", help="write docs/reliability.md")
+    parser.add_argument("--list", action="store_true")
+    given = parser.parse_args()
+    if given.list:
+        for name, part in PARTS.items():
+            print(f"{name:20s} {(part.__doc__ or '').strip()}")
+        return 0
+    names = given.parts or ([] if given.rows is not None and given.report else [*PARTS, "soak"])
+    failed = 0
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="driftline-faults-") as folder:
+        bench = Bench(Path(folder))
+        try:
+            for name in names:
+                start_s = time.monotonic()
+                try:
+                    row = soak(bench, given.minutes) if name == "soak" else PARTS[name](bench)
+                except (AssertionError, DriftlineError) as error:
+                    failed += 1
+                    print(f"FAILED {name}: {error}", flush=True)
+                    continue
+                row.seconds = time.monotonic() - start_s
+                rows.append({**vars(row), "name": name, "date": datetime.date.today().isoformat()})
+                print(json.dumps(rows[-1]), flush=True)
+                if given.rows is not None:
+                    with given.rows.open("a") as lines:
+                        lines.write(json.dumps(rows[-1]) + "\n")
+        finally:
+            bench.close()
+    if given.report:
+        kept = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows else rows
+        write_report(list({row["name"]: row for row in kept}.values()))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""A short set of faults on real processes and a real broker; `make faults` runs the long one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faults
+import pytest
+from faults import Bench, Row
+from kafka_broker import BrokerUnavailable
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def kafka_bench(bench: Bench) -> Bench:
+    try:
+        assert bench.broker.pid
+    except BrokerUnavailable as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
+        pytest.skip(f"no Kafka broker: {error}")
+    return bench
+
+
+def check(row: Row) -> None:
+    """Nothing lost, doubled or reordered (the part itself would have failed), and the fault bit."""
+    assert (row.lost, row.doubled, row.reordered) == (0, 0, 0)
+    assert row.faults > 0 and row.bit.total() > 0 and row.inputs == row.outputs + row.dead_letters > 100
+
+
+@pytest.mark.parametrize(
+    "part", [lambda b: faults.zombies(b, 1), lambda b: faults.takeovers(b, 1)], ids=["zombie", "takeover"]
+)
+@pytest.mark.kafka
+def test_one_of_each_on_kafka(kafka_bench: Bench, part: Callable[[Bench], Row]) -> None:
+    """A zombie that wakes up after another worker took over; a kill inside of a transaction beside a living worker."""
+    check(part(kafka_bench))
+
+
+@pytest.mark.kafka
+def test_an_end_of_transaction_that_nobody_answers(kafka_bench: Bench) -> None:
+    """A proxy resets, drops and delays the ends of transactions: each is settled by the committed positions."""
+    check(faults.network(kafka_bench, rounds=1))
+
+
+def test_a_zombie_on_the_embedded_log(bench: Bench) -> None:
+    """The lease holder stands still inside of a transaction and wakes up after another process took over."""
+    check(faults.zombies(bench, 1, "embedded"))
+
+
+def test_a_full_disk_under_the_embedded_log(bench: Bench) -> None:
+    """The file cannot grow for some seconds: the worker stands still, and goes on by itself."""
+    check(faults.disk_full_embedded(bench))
+
+
+@pytest.mark.kafka
+@pytest.mark.slow
+def test_a_broker_that_is_killed_comes_back(kafka_bench: Bench) -> None:
+    """kill -9 of the broker under load and a restart; minutes on a busy machine."""
+    check(faults.broker_kills(kafka_bench, 1))
