@@ -54,6 +54,7 @@ class Forecaster:
         self._keys_V = keys_V
         self._names = names
         self._log_popularity_V = torch.from_numpy(knowledge.log_popularity_V)
+        self._crowd_VK = torch.from_numpy(knowledge.crowd_VK)
         self._temperature = temperature
         self.version = version
 
@@ -75,7 +76,8 @@ class Forecaster:
             weights.settings,
             RowIndex(keys_V).find,
             tensors["vocabulary.popularity"],
-            Successors(tensors["successors.follower"], tensors["successors.weight"], tensors["successors.total"]),
+            tensors["vocabulary.crowd"],
+            Successors(*(tensors[f"successors.{name}"] for name in ("follower", "weight", "total", "stay"))),
             Normaliser(sums_3M=tensors["normaliser.sums"]),
         )
         return Forecaster(network, knowledge, keys_V, weights.names, weights.version, weights.temperature)
@@ -216,7 +218,14 @@ class Forecaster:
         view = self._network.view(moments)
         for number in range(1, steps + 1):
             step = self._network.step(state_EH, view)
-            logit_EV = self._network.logits(state_EH, moments.follower_EM, moments.lift_EM, self._log_popularity_V)
+            logit_EV = self._network.logits(
+                state_EH,
+                moments.follower_EM,
+                moments.lift_EM,
+                moments.live_E,
+                self._log_popularity_V,
+                self._crowd_VK,
+            )
             yield Parts(step=step, logit_EV=logit_EV)
             if number < steps:
                 state_EH = self._network.next_state(step, view, number + 1)
@@ -294,9 +303,11 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
     tensors |= {
         "vocabulary.keys": np.zeros(0, np.uint32),
         "vocabulary.popularity": np.zeros(0, np.float32),
+        "vocabulary.crowd": np.zeros((0, 2), np.float32),
         "successors.follower": successors.follower_VM,
         "successors.weight": successors.weight_VM,
         "successors.total": successors.total_V,
+        "successors.stay": successors.stay_V,
         "normaliser.sums": Normaliser.initial().sums_3M,
     }
     return Weights(version=0, settings=settings, tensors=tensors)

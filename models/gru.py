@@ -29,9 +29,14 @@ from models.features import TYPE_COUNT
 from models.inputs import NUMBER_COUNT
 from models.profile import HIDDEN
 from models.settings import NetworkSettings
+from models.successors import SOURCES
 
 TYPE_WIDTH = 8
-CANDIDATE_NUMBERS = FEATURE_COUNT + 2  # and the lift of the candidate, and its log popularity
+CROWD_COUNT = 3  # what everybody does with an interest: popular just now, seen lately, share of stays
+COUNTED_COUNT = 2 + SOURCES + CROWD_COUNT  # of a candidate: lift, log popularity, lift by each source, the crowd's
+CANDIDATE_NUMBERS = FEATURE_COUNT + COUNTED_COUNT
+LAST_COUNT = 3  # of a moment: of the last interest the share of stays, followers among the candidates, popularity
+MOMENT_NUMBERS = CONTEXT_COUNT + LAST_COUNT
 STEP_CODES = 8  # steps of the decoder that are told apart
 GATE_START = 0.997  # with the copy score -log(slot): no general interest passes the last of 48 candidates
 NEVER = -30.0  # logarithm of a probability that is none
@@ -45,9 +50,10 @@ class Moments:
         place_S: where each slot lies in (E, C), flattened: moment * C + slot.
         owner_S: the moment of each slot.
         embedding_S: row of its interest in the embedding table.
-        number_SF, context_EG: see models/candidates.py; two numbers are added by who makes a Moments.
+        number_SF, context_EG: see models/candidates.py, and behind those what is counted, by models/knowledge.py.
         copies_E: whether there is any candidate.
         follower_EM, lift_EM: see models/successors.py.
+        live_E: 1 where what is counted of the vocabulary is as of that moment, 0 where it is newer.
         slots: C.
     """
 
@@ -59,6 +65,7 @@ class Moments:
     copies_E: Tensor
     follower_EM: Tensor
     lift_EM: Tensor
+    live_E: Tensor
     slots: int
 
     def to(self, device: torch.device) -> Moments:
@@ -104,20 +111,22 @@ class Network(nn.Module):
         self.item = nn.Parameter(torch.randn(settings.item_rows, settings.item_width) * settings.item_width**-0.5)
         self.kind = nn.Parameter(torch.randn(TYPE_COUNT, TYPE_WIDTH) * TYPE_WIDTH**-0.5)
         self.gru = nn.GRU(inputs, HIDDEN)
-        self.project = nn.Linear(CONTEXT_COUNT, 2 * HIDDEN)
+        self.project = nn.Linear(MOMENT_NUMBERS, 2 * HIDDEN)
         self.copy_number = nn.Linear(CANDIDATE_NUMBERS, copy)
-        self.copy_state = nn.Linear(HIDDEN + CONTEXT_COUNT, copy, bias=False)
+        self.copy_state = nn.Linear(HIDDEN + MOMENT_NUMBERS, copy, bias=False)
         self.copy_score = nn.Linear(copy, 1, bias=False)
         self.copy_rank = nn.Parameter(torch.ones(()))
         self.copy_match = nn.Linear(HIDDEN, width)
-        self.gate = nn.Linear(HIDDEN + CONTEXT_COUNT, 1)
+        self.gate = nn.Linear(HIDDEN + MOMENT_NUMBERS, 1)
         self.query = nn.Linear(HIDDEN, width)
+        self.crowd = nn.Linear(HIDDEN, CROWD_COUNT)
         self.popularity = nn.Parameter(torch.ones(()))
         self.lift = nn.Parameter(torch.ones(()))
-        self.next_type = nn.Linear(HIDDEN + CONTEXT_COUNT, TYPE_COUNT)
+        self.next_type = nn.Linear(HIDDEN + MOMENT_NUMBERS, TYPE_COUNT)
         self.decoder = nn.GRUCell(width + STEP_CODES, HIDDEN)
         with torch.no_grad():
-            for layer in (self.project, self.copy_score, self.copy_match, self.gate, self.query, self.next_type):
+            starts = (self.project, self.copy_score, self.copy_match, self.gate, self.query, self.crowd, self.next_type)
+            for layer in starts:
                 layer.weight.zero_()
                 if layer.bias is not None:
                     layer.bias.zero_()
@@ -189,11 +198,20 @@ class Network(nn.Module):
             log_rest_E=f.logsigmoid(-gate_E),
         )
 
-    def logits(self, state_EH: Tensor, follower_EM: Tensor, lift_EM: Tensor, log_popularity_V: Tensor) -> Tensor:
+    def logits(
+        self,
+        state_EH: Tensor,
+        follower_EM: Tensor,
+        lift_EM: Tensor,
+        live_E: Tensor,
+        log_popularity_V: Tensor,
+        crowd_VK: Tensor,
+    ) -> Tensor:
         """Scores of every interest of the vocabulary, (E, V)."""
         first, last = self.settings.hashed_rows, self.settings.hashed_rows + len(log_popularity_V)
         offset_V = self.bias[first:last] + self.popularity * log_popularity_V
         logit_EV = torch.addmm(offset_V, self.query(state_EH), self.interest[first:last].T)
+        logit_EV = torch.addmm(logit_EV, self.crowd(state_EH) * live_E.unsqueeze(-1), crowd_VK.T)
         if not len(log_popularity_V):
             return logit_EV
         return logit_EV.scatter_add(1, follower_EM, self.lift * lift_EM)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.features import I64, U64, EventColumns
+from models.gru import COUNTED_COUNT, LAST_COUNT
 from models.index import KeyIndex
 from models.profile import AGGREGATE_COUNT, HIDDEN, PROFILE, RING, USER, Snapshot
 
@@ -103,7 +104,8 @@ class History:
         self.learned = np.zeros(capacity, np.bool_)  # what follows is as it was when the event was learned
         self.follower = np.full((capacity, followers), _NONE, np.int32)
         self.lift = np.zeros((capacity, followers), np.float16)
-        self.lift_candidate = np.zeros((capacity, slots), np.float16)
+        self.counted = np.zeros((capacity, slots, COUNTED_COUNT), np.float16)  # of each candidate
+        self.last_counted = np.zeros((capacity, LAST_COUNT), np.float32)
         self._snapshot = Snapshot(
             event_E=np.zeros(capacity, np.int64),
             ring_interest_ER=np.zeros((capacity, RING), np.uint32),
@@ -154,7 +156,7 @@ class History:
         row_E = number_E % self.capacity
         for name in ("digest", "interest", "item", "type", "number", "gap_s", "hidden", "learned", "lift"):
             getattr(self, name)[row_E] = 0
-        self.lift_candidate[row_E] = 0
+        self.counted[row_E] = self.last_counted[row_E] = 0
         self.follower[row_E] = self.previous[row_E] = _NONE
         for name in Snapshot.__slots__:
             getattr(self._snapshot, name)[row_E] = 0

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from models.candidates import FEATURES, candidates
+from models.candidates import CONTEXT_COUNT, FEATURE_COUNT, FEATURES, candidates
 from models.features import F32, U32, EventColumns
-from models.gru import CANDIDATE_NUMBERS, NEVER, Moments
+from models.gru import CANDIDATE_NUMBERS, CROWD_COUNT, MOMENT_NUMBERS, NEVER, Moments
 from models.inputs import Normaliser, event_numbers
 from models.profile import Snapshot
 from models.settings import NetworkSettings
@@ -23,7 +23,6 @@ from models.successors import Successors
 from models.vocabulary import I32
 
 _IN_RING = FEATURES.index("in_ring")
-LIFT = CANDIDATE_NUMBERS - 2  # where the lift of a candidate stands among its numbers
 _PRIOR = 0.5  # sightings that every interest has had, for the logarithm of popularity
 
 
@@ -53,12 +52,15 @@ class Knowledge:
         find: rows of interests by key, -1 where there is none.
         popularity_V: decayed counts; 0 for a free row.
         log_popularity_V: logarithm of the share of all, NEVER for a free row.
+        crowd_VK: how much more popular an interest is just now, how lately it was seen, how often users stay with it;
+            scaled to about -1..1.
     """
 
     settings: NetworkSettings
     find: Callable[[U32], I32]
     popularity_V: F32
     log_popularity_V: F32
+    crowd_VK: F32
     successors: Successors
     normaliser: Normaliser
 
@@ -67,6 +69,7 @@ class Knowledge:
         settings: NetworkSettings,
         find: Callable[[U32], I32],
         popularity_V: F32,
+        crowd_V2: F32,
         successors: Successors,
         normaliser: Normaliser,
     ) -> Knowledge:
@@ -77,6 +80,7 @@ class Knowledge:
             find=find,
             popularity_V=popularity_V,
             log_popularity_V=log_V,
+            crowd_VK=_crowd(share_V, crowd_V2, successors.stay_V),
             successors=successors,
             normaliser=normaliser,
         )
@@ -131,25 +135,45 @@ class Knowledge:
         row_S = self.find(key_S)
         row_EC = np.full(key_EC.shape, -1, np.int32)
         row_EC.reshape(-1)[place_S] = row_S
-        follower_EM, lift_EM, lift_EC = self.successors.look_up(row_EC, self.popularity_V)
-        number_SF = np.empty((len(place_S), CANDIDATE_NUMBERS), np.float32)
-        number_SF[:, :-2] = number_ECF.reshape(-1, number_ECF.shape[2])[place_S]
-        number_SF[:, LIFT] = lift_EC.reshape(-1)[place_S] / 4.0
-        number_SF[:, LIFT + 1] = -3.0
+        followers = self.successors.look_up(row_EC, self.popularity_V)
+        number_SF = np.zeros((len(place_S), CANDIDATE_NUMBERS), np.float32)
+        number_SF[:, :FEATURE_COUNT] = number_ECF.reshape(-1, FEATURE_COUNT)[place_S]
+        counted_SF = number_SF[:, FEATURE_COUNT:]
+        counted_SF[:, 0] = followers.lift_EC.reshape(-1)[place_S] / 4.0
+        counted_SF[:, 1] = -3.0
+        counted_SF[:, 2:-CROWD_COUNT] = followers.lift_ECS.reshape(len(row_EC) * slots, -1)[place_S] / 4.0
         known = row_S >= 0
-        number_SF[known, LIFT + 1] = self.log_popularity_V[row_S[known]] / 8.0 + 1.0
+        counted_SF[known, 1] = self.log_popularity_V[row_S[known]] / 8.0 + 1.0
+        counted_SF[known, -CROWD_COUNT:] = self.crowd_VK[row_S[known]]
+        moment_EG = np.zeros((len(row_EC), MOMENT_NUMBERS), np.float32)
+        moment_EG[:, :CONTEXT_COUNT] = context_EG
+        last_E = row_EC[:, 0]
+        known = last_E >= 0
+        moment_EG[known, CONTEXT_COUNT] = self.crowd_VK[last_E[known], 2]
+        moment_EG[:, CONTEXT_COUNT + 1] = followers.covered_E
+        moment_EG[known, CONTEXT_COUNT + 2] = self.log_popularity_V[last_E[known]] / 8.0 + 1.0
         moments = Moments(
             place_S=torch.from_numpy(place_S),
             owner_S=torch.from_numpy(place_S // slots),
             embedding_S=torch.from_numpy(self.embedding(key_S, row_S)),
             number_SF=torch.from_numpy(number_SF),
-            context_EG=torch.from_numpy(context_EG),
+            context_EG=torch.from_numpy(moment_EG),
             copies_E=torch.from_numpy((key_EC != 0).any(axis=1)),
-            follower_EM=torch.from_numpy(np.maximum(follower_EM, 0).astype(np.int64)),
-            lift_EM=torch.from_numpy(lift_EM),
+            follower_EM=torch.from_numpy(np.maximum(followers.row_EM, 0).astype(np.int64)),
+            lift_EM=torch.from_numpy(followers.lift_EM),
+            live_E=torch.ones(len(row_EC)),
             slots=slots,
         )
         return Candidates(key_EC=key_EC, row_EC=row_EC), moments
+
+
+def _crowd(share_V: F32, crowd_V2: F32, stay_V: F32) -> F32:
+    """(V, CROWD_COUNT), see `Knowledge`."""
+    fast_V, since_V = crowd_V2[:, 0], crowd_V2[:, 1]
+    now_V = (fast_V + share_V) / (fast_V.sum() + 1.0)
+    stay_V = stay_V[: len(share_V)]
+    numbers = [np.clip(np.log(now_V / share_V) / 2.0, -2.0, 2.0), 1.0 - np.log1p(since_V) / 5.0, 2.0 * stay_V - 1.0]
+    return np.stack(numbers, axis=1).astype(np.float32)
 
 
 def _without_gaps(snapshot: Snapshot) -> Snapshot:

@@ -23,13 +23,14 @@ from river.drift import ADWIN
 from torch import Tensor
 from torch.nn import functional as f
 
+from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
 from models.dedupe import first_sightings
 from models.features import F32, I64, U32, U64, EventColumns
 from models.forecaster import Forecaster, initial_weights
-from models.gru import NEVER, Moments, Network, Step, log_probability
+from models.gru import COUNTED_COUNT, NEVER, Moments, Network, Step, log_probability
 from models.history import History, Users, digests, previous_events
 from models.inputs import NUMBER_COUNT, Normaliser
-from models.knowledge import LIFT, Candidates, Knowledge
+from models.knowledge import Candidates, Knowledge
 from models.optimiser import Optimiser
 from models.profile import EmissionSettings, advance
 from models.settings import LearningSettings, NetworkSettings
@@ -148,6 +149,7 @@ class Learner:
             tensors["successors.follower"].copy(),
             tensors["successors.weight"].copy(),
             tensors["successors.total"].copy(),
+            tensors["successors.stay"].copy(),
         )
         self._normaliser = Normaliser(sums_3M=tensors["normaliser.sums"])
         self._groups = GroupTable(ShiftSettings())
@@ -168,7 +170,12 @@ class Learner:
     def _know(self) -> None:
         """What is counted, as it stands now."""
         self._knowledge = Knowledge.of(
-            self._settings, self._vocabulary.find, self._vocabulary.popularity(), self._successors, self._normaliser
+            self._settings,
+            self._vocabulary.find,
+            self._vocabulary.popularity(),
+            self._vocabulary.crowd(),
+            self._successors,
+            self._normaliser,
         )
 
     # ------------------------------------------------------------------ events in
@@ -340,6 +347,8 @@ class Learner:
         loss = -(log_p_E * mask_E).sum() / mask_E.sum()
         new = known_E[: len(number_B)]
         new_loss = float(-log_p_E[: len(number_B)][self._tensor(new)].detach().mean()) if new.any() else float("nan")
+        if not learning.auxiliary_losses:
+            return loss, new_loss
         kinds = self._tensor(self._history.type[row_E])
         loss = loss + _TYPE_WEIGHT * f.cross_entropy(network.type_logits(state_EH, moments), kinds)
         loss = loss + _HORIZON_WEIGHT * self._horizon_loss(number_B)
@@ -371,26 +380,30 @@ class Learner:
         return hidden_EH
 
     def _moments(self, row_E: I64, gap_s_E: F32 | None) -> tuple[Candidates, Moments]:
-        """As forecasts see them; what was learned before is seen with the followers of then, which do not know it."""
+        """As forecasts see them; what was learned before is seen with the counts of then, which do not know it."""
         history = self._history
         candidates, moments = self._knowledge.moments(history.snapshot(row_E), gap_s_E)
         old = history.learned[row_E]
         new = np.flatnonzero(~old)
         follower_EM, lift_EM = moments.follower_EM.numpy(), moments.lift_EM.numpy()
-        lift_S = moments.number_SF.numpy()[:, LIFT]
+        counted_SF = moments.number_SF.numpy()[:, FEATURE_COUNT:]
+        last_EL = moments.context_EG.numpy()[:, CONTEXT_COUNT:]
         place_S = moments.place_S.numpy()
         owner_S = moments.owner_S.numpy()
         history.follower[row_E[new]] = follower_EM[new]
         history.lift[row_E[new]] = lift_EM[new]
-        lift_EC = np.zeros(candidates.key_EC.shape, np.float16)
-        lift_EC.reshape(-1)[place_S] = lift_S
-        history.lift_candidate[row_E[new]] = lift_EC[new]
+        counted_ECF = np.zeros((*candidates.key_EC.shape, COUNTED_COUNT), np.float16)
+        counted_ECF.reshape(-1, COUNTED_COUNT)[place_S] = counted_SF
+        history.counted[row_E[new]] = counted_ECF[new]
+        history.last_counted[row_E[new]] = last_EL[new]
         if old.any():
             # An event that was shed, or re-read after a restart, has none kept: row 0 with a lift of 0.
             follower_EM[old] = np.maximum(history.follower[row_E[old]], 0)
             lift_EM[old] = history.lift[row_E[old]]
             kept = old[owner_S]
-            lift_S[kept] = history.lift_candidate[row_E].reshape(-1)[place_S[kept]]
+            counted_SF[kept] = history.counted[row_E].reshape(-1, COUNTED_COUNT)[place_S[kept]]
+            last_EL[old] = history.last_counted[row_E[old]]
+            moments.live_E.numpy()[old] = 0.0
         return candidates, moments.to(self._device)
 
     def _log_p(
@@ -398,10 +411,10 @@ class Learner:
     ) -> tuple[Tensor, npt.NDArray[np.bool_]]:
         """log p of the targets, and which of them could be forecast at all; `due`: of these moments only."""
         network, log_popularity_V = self._network, self._tensor(self._knowledge.log_popularity_V)
-        follower_EM, lift_EM = moments.follower_EM, moments.lift_EM
+        follower_EM, lift_EM, live_E = moments.follower_EM, moments.lift_EM, moments.live_E
         if due is not None:
             at = self._tensor(due)
-            step, follower_EM, lift_EM = step.pick(at), follower_EM[at], lift_EM[at]
+            step, follower_EM, lift_EM, live_E = step.pick(at), follower_EM[at], lift_EM[at], live_E[at]
             key_EC, target_E = key_EC[due], target_E[due]
         found_EC = (key_EC == target_E[:, None]) & (target_E[:, None] != 0)
         slot_E = np.where(found_EC.any(1), found_EC.argmax(1), -1)
@@ -409,7 +422,8 @@ class Learner:
         known_E = (target_row_E >= 0) | (slot_E >= 0)
         general_E = torch.full_like(step.log_gate_E, NEVER)
         if len(log_popularity_V):
-            logit_EV = network.logits(step.state_EH, follower_EM, lift_EM, log_popularity_V)
+            crowd_VK = self._tensor(self._knowledge.crowd_VK)
+            logit_EV = network.logits(step.state_EH, follower_EM, lift_EM, live_E, log_popularity_V, crowd_VK)
             row_E = self._tensor(np.maximum(target_row_E, 0))
             log_general_E = f.log_softmax(logit_EV, dim=-1).gather(1, row_E.unsqueeze(1)).squeeze(1)
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
@@ -486,9 +500,11 @@ class Learner:
         tensors |= {
             "vocabulary.keys": self._vocabulary.keys.copy(),
             "vocabulary.popularity": self._vocabulary.popularity(),
+            "vocabulary.crowd": self._vocabulary.crowd(),
             "successors.follower": self._successors.follower_VM[:rows].copy(),
             "successors.weight": self._successors.weight_VM[:rows].copy(),
             "successors.total": self._successors.total_V[:rows].copy(),
+            "successors.stay": self._successors.stay_V[:rows].copy(),
             "normaliser.sums": self._normaliser.sums_3M,
         }
         return Weights(

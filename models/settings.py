@@ -51,6 +51,13 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(description="share of the new events that also train the steps behind the first", ge=0, le=1)
     ] = 0.5
     horizon_steps: Annotated[int, Meta(description="steps that are trained, the first included", ge=1, le=50)] = 5
+    auxiliary_losses: Annotated[
+        bool,
+        Meta(
+            description="whether the type of the next event and the steps behind the first are trained beside the "
+            "next interest; false to measure what that gives"
+        ),
+    ] = True
     burn_in_events: Annotated[
         int, Meta(description="older events of a user through which gradients flow", ge=1, le=64)
     ] = 4

@@ -4,12 +4,13 @@ On the way of an event: read beside the network when interests are ranked, as a 
 candidates; the learner counts. A network needs many events to learn a transition, a count needs one.
 
     row a of the vocabulary -> up to M (row b, weight): the user went from a to b. A new follower takes the place of the
-    lightest. Every count of `a` makes the older ones of its list lighter.
+    lightest. Every count of `a` makes the older ones of its list lighter. Beside the list: how often users stay.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -21,18 +22,40 @@ from models.vocabulary import I32
 SOURCES = 3  # most recent distinct interests of a user whose followers are looked up
 _SOURCE_WEIGHT = (1.0, 0.3, 0.15)
 _PRIOR = 2.0  # events' worth of popularity in each list
+_STAY_START = 0.5
+_STAY_RATE = 0.02  # weight of the newest event in the share of stays
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Followers:
+    """What `look_up` finds. A lift is log(1 + share among the followers / popularity).
+
+    Attributes:
+        row_EM: rows of the followers of all sources, -1 where there are fewer; lift_EM: of them.
+        lift_EC: of the candidates; lift_ECS: by each source alone.
+        covered_E: share of the followers of the first source that are candidates.
+    """
+
+    row_EM: I32
+    lift_EM: F32
+    lift_EC: F32
+    lift_ECS: F32
+    covered_E: F32
 
 
 class Successors:
     """Lists by row of the vocabulary. Growing keeps them; `clear` empties those of rows that stand for nothing."""
 
-    def __init__(self, follower_VM: I32, weight_VM: F32, total_V: F32) -> None:
-        self.follower_VM, self.weight_VM, self.total_V = follower_VM, weight_VM, total_V
+    def __init__(self, follower_VM: I32, weight_VM: F32, total_V: F32, stay_V: F32) -> None:
+        self.follower_VM, self.weight_VM, self.total_V, self.stay_V = follower_VM, weight_VM, total_V, stay_V
 
     @staticmethod
     def empty(length: int) -> Successors:
         return Successors(
-            np.full((0, length), -1, np.int32), np.zeros((0, length), np.float32), np.zeros(0, np.float32)
+            np.full((0, length), -1, np.int32),
+            np.zeros((0, length), np.float32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.float32),
         )
 
     def grow(self, rows: int) -> None:
@@ -43,6 +66,7 @@ class Successors:
             self.follower_VM = np.concatenate([self.follower_VM, np.full((more, length), -1, np.int32)])
             self.weight_VM = np.concatenate([self.weight_VM, np.zeros((more, length), np.float32)])
             self.total_V = np.concatenate([self.total_V, np.zeros(more, np.float32)])
+            self.stay_V = np.concatenate([self.stay_V, np.full(more, _STAY_START, np.float32)])
 
     def clear(self, rows: I64) -> None:
         """Forget the lists of these rows, and these rows in the lists of others."""
@@ -54,36 +78,38 @@ class Successors:
         self.follower_VM[rows] = -1
         self.weight_VM[rows] = 0.0
         self.total_V[rows] = 0.0
+        self.stay_V[rows] = _STAY_START
 
     def count(self, source_B: I32, follower_B: I32, decay: float) -> None:
-        """Count moves in order; where either row is -1 or both are the same there is nothing to count."""
+        """Count moves and stays in order; where either row is -1 there is nothing to count."""
         kernel: Any = _count
-        kernel(self.follower_VM, self.weight_VM, self.total_V, source_B, follower_B, decay)
+        kernel(self.follower_VM, self.weight_VM, self.total_V, self.stay_V, source_B, follower_B, decay)
 
-    def look_up(self, candidate_EC: I32, popularity_V: F32) -> tuple[I32, F32, F32]:
+    def look_up(self, candidate_EC: I32, popularity_V: F32) -> Followers:
         """Followers of each user's most recent interests.
 
         Args:
             candidate_EC: rows of the candidates, -1 where they have none; the first ones are the sources.
             popularity_V: counts.
-
-        Returns:
-            rows (E, M) with -1 where there are fewer, and log(1 + lift over popularity) of them (E, M) and of the
-            candidates (E, C).
         """
         kernel: Any = _look_up
-        found: tuple[I32, F32, F32] = kernel(
+        row_EM, lift_EM, lift_EC, lift_ECS, covered_E = kernel(
             self.follower_VM, self.weight_VM, self.total_V, candidate_EC, popularity_V, float(popularity_V.sum())
         )
-        return found
+        return Followers(row_EM=row_EM, lift_EM=lift_EM, lift_EC=lift_EC, lift_ECS=lift_ECS, covered_E=covered_E)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _count(follower_VM: I32, weight_VM: F32, total_V: F32, source_B: I32, follower_B: I32, decay: float) -> None:
+def _count(
+    follower_VM: I32, weight_VM: F32, total_V: F32, stay_V: F32, source_B: I32, follower_B: I32, decay: float
+) -> None:  # fmt: skip
     length = follower_VM.shape[1]
     for b in range(len(source_B)):
         source, follower = source_B[b], follower_B[b]
-        if source < 0 or follower < 0 or source == follower:
+        if source < 0 or follower < 0:
+            continue
+        stay_V[source] += _STAY_RATE * ((1.0 if source == follower else 0.0) - stay_V[source])
+        if source == follower:
             continue
         slot = 0
         for m in range(length):
@@ -104,14 +130,17 @@ def _count(follower_VM: I32, weight_VM: F32, total_V: F32, source_B: I32, follow
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _look_up(
     follower_VM: I32, weight_VM: F32, total_V: F32, candidate_EC: I32, popularity_V: F32, popularity: float
-) -> tuple[I32, F32, F32]:
+) -> tuple[I32, F32, F32, F32, F32]:
     count, slots = candidate_EC.shape
     length = follower_VM.shape[1]
     rows = len(popularity_V)
     row_EM = np.full((count, length), -1, np.int32)
     lift_EM = np.zeros((count, length), np.float32)
     lift_EC = np.zeros((count, slots), np.float32)
+    lift_ECS = np.zeros((count, slots, SOURCES), np.float32)
+    covered_E = np.zeros(count, np.float32)
     share_V = np.zeros(rows, np.float32)
+    share_VS = np.zeros((rows, SOURCES), np.float32)
     touched = np.empty(SOURCES * length, np.int32)
     for e in range(count):
         used = 0
@@ -119,7 +148,7 @@ def _look_up(
             source = candidate_EC[e, s]
             if source < 0:
                 continue
-            factor = _SOURCE_WEIGHT[s] / (total_V[source] + _PRIOR)
+            factor = 1.0 / (total_V[source] + _PRIOR)
             for m in range(length):
                 row = follower_VM[source, m]
                 if row < 0 or row >= rows:
@@ -127,11 +156,16 @@ def _look_up(
                 if share_V[row] == 0.0:
                     touched[used] = row
                     used += 1
-                share_V[row] += factor * weight_VM[source, m]
+                share_VS[row, s] += factor * weight_VM[source, m]
+                share_V[row] += _SOURCE_WEIGHT[s] * factor * weight_VM[source, m]
         for c in range(slots):
             row = candidate_EC[e, c]
             if row >= 0 and share_V[row] > 0.0:
-                lift_EC[e, c] = math.log1p(share_V[row] * popularity / (0.2 * (popularity_V[row] + 0.5)))
+                rarity = popularity / (0.2 * (popularity_V[row] + 0.5))
+                lift_EC[e, c] = math.log1p(share_V[row] * rarity)
+                for s in range(SOURCES):
+                    lift_ECS[e, c, s] = math.log1p(share_VS[row, s] * rarity)
+                covered_E[e] += share_VS[row, 0]
         kept = 0
         for t in range(used):
             row = touched[t]
@@ -151,4 +185,5 @@ def _look_up(
             lift_EM[e, m] = math.log1p(share_V[row] * popularity / (0.2 * (popularity_V[row] + 0.5)))
         for t in range(used):
             share_V[touched[t]] = 0.0
-    return row_EM, lift_EM, lift_EC
+            share_VS[touched[t]] = 0.0
+    return row_EM, lift_EM, lift_EC, lift_ECS, covered_E

@@ -26,6 +26,7 @@ I32 = npt.NDArray[np.int32]
 WAITING_MAX = 65_536  # interests that wait for admission
 _UNIT_MAX = 1e12  # weight of one event at which all weights are scaled down
 _CROWDED_SHARE = 0.05  # of a full vocabulary: the longest unseen, which give way
+_FAST_HALF_LIFE_EVENTS = 500.0  # of what is popular just now
 _EXPIRE_EVERY = 4_096  # events between two looks for interests that were not seen for too long
 
 
@@ -49,6 +50,7 @@ class _Saved(msgspec.Struct, array_like=True):
     events: int
     expired: int
     collisions: int
+    fast: bytes
 
 
 class RowIndex:
@@ -92,6 +94,7 @@ class Vocabulary:
         self.events = 0  # counted so far
         self.collisions = 0  # sightings of a second name for a key
         self._weight_room: F64 = np.zeros(64, np.float64)  # popularity, as of when `_unit` was 1
+        self._fast_room: F64 = np.zeros(64, np.float64)  # popularity of a short half-life, decayed at each `count`
         self._unit = 1.0  # weight of an event counted now: older ones decay by its growth
         self._seen_room: I64 = np.zeros(64, np.int64)  # `events` at the last sighting
         self._free: list[int] = []
@@ -153,6 +156,8 @@ class Vocabulary:
         unit_B = self._unit * np.exp2(np.arange(1, count + 1) / self._settings.popularity_half_life_events)
         np.add.at(self._weight, rows[known], unit_B[known])
         self._seen[rows[known]] = self.events + 1 + known  # in order: the last one of a row stays
+        self._fast_room *= 0.5 ** (count / _FAST_HALF_LIFE_EVENTS)
+        np.add.at(self._fast_room, rows[known], 1.0)
         self.events += count
         if count:
             self._unit = float(unit_B[-1])
@@ -179,12 +184,14 @@ class Vocabulary:
         if self._free:
             row = self._free.pop()
             self.keys[row], self.names[row], self._weight[row] = key, name, 0.0
+            self._fast_room[row] = 0.0
         else:
             row = len(self)
             if row == len(self._key_room):
                 self._key_room = np.concatenate([self._key_room, np.zeros_like(self._key_room)])
                 self._weight_room = np.concatenate([self._weight_room, np.zeros_like(self._weight_room)])
                 self._seen_room = np.concatenate([self._seen_room, np.zeros_like(self._seen_room)])
+                self._fast_room = np.concatenate([self._fast_room, np.zeros_like(self._fast_room)])
             self.names.append(name)
             self.keys[row], self._weight[row] = key, 0.0
         self._index.insert(key, row)
@@ -217,6 +224,11 @@ class Vocabulary:
         """Decayed count of each row's interest, in events; 0 for a free row."""
         return (self._weight / self._unit).astype(np.float32)
 
+    def crowd(self) -> F32:
+        """(V, 2): decayed count of each row's interest over a short time, and events since its last one."""
+        rows = len(self.names)
+        return np.stack([self._fast_room[:rows], self.events - self._seen], axis=1).astype(np.float32)
+
     # ------------------------------------------------------------------ bytes
 
     def to_bytes(self) -> bytes:
@@ -234,6 +246,7 @@ class Vocabulary:
                 events=self.events,
                 expired=self._expired,
                 collisions=self.collisions,
+                fast=self._fast_room[: len(self.names)].astype("<f8").tobytes(),
             )
         )
 
@@ -254,6 +267,7 @@ class Vocabulary:
         vocabulary._key_room = np.resize(np.frombuffer(saved.keys, "<u4").astype(np.uint32), room)
         vocabulary._weight_room = np.resize(np.frombuffer(saved.weight, "<f8").astype(np.float64), room)
         vocabulary._seen_room = np.resize(np.frombuffer(saved.seen, "<i8").astype(np.int64), room)
+        vocabulary._fast_room = np.resize(np.frombuffer(saved.fast, "<f8").astype(np.float64), room)
         vocabulary._free = saved.free
         vocabulary._waiting = saved.waiting
         vocabulary._names = saved.waiting_names

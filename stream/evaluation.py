@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "driftline_no_profile": {"network": {"slow_profile": False}},
     "driftline_no_gap": {"network": {"time_gaps": False}},
     "driftline_no_features": {"network": {"event_features": False}},
+    "driftline_no_aux": {"learning": {"auxiliary_losses": False}},
     "driftline_no_replay": {"learning": {"replay_share": 0.0}},
 }
 MODELS = (*RULES, *TRAINED, *VARIANTS)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from made_events import made, walked
 
-from models.candidates import CONTEXT_COUNT
 from models.forecaster import initial_weights
-from models.gru import NEVER, Network, log_probability
+from models.gru import MOMENT_NUMBERS, NEVER, Network, log_probability
 from models.inputs import NUMBER_COUNT, Normaliser, event_numbers
 from models.knowledge import Knowledge
 from models.profile import HIDDEN
@@ -29,7 +28,8 @@ def knowledge(interests: int, settings: NetworkSettings | None = None) -> Knowle
     successors.grow(interests)
     popularity = np.arange(interests, 0, -1).astype(np.float32)
     index = RowIndex(np.arange(1, interests + 1, dtype=np.uint32))
-    return Knowledge.of(settings or NetworkSettings(), index.find, popularity, successors, Normaliser.initial())
+    crowd = np.stack([popularity, popularity], axis=1)
+    return Knowledge.of(settings or NetworkSettings(), index.find, popularity, crowd, successors, Normaliser.initial())
 
 
 def test_copy_and_general_probabilities_sum_to_one() -> None:
@@ -42,8 +42,10 @@ def test_copy_and_general_probabilities_sum_to_one() -> None:
     _found, moments = known.moments(after, None)
     view = net.view(moments)
     step = net.step(net.at_moment(torch.randn(5, HIDDEN), moments), view)
-    log_popularity_V = torch.from_numpy(known.log_popularity_V)
-    logit_EV = net.logits(step.state_EH, moments.follower_EM, moments.lift_EM, log_popularity_V)
+    log_popularity_V, crowd_VK = torch.from_numpy(known.log_popularity_V), torch.from_numpy(known.crowd_VK)
+    logit_EV = net.logits(
+        step.state_EH, moments.follower_EM, moments.lift_EM, moments.live_E, log_popularity_V, crowd_VK
+    )
     copy_E = torch.exp(step.log_gate_E) * torch.exp(step.copy_EC).sum(dim=1)
     general_E = torch.exp(step.log_rest_E) * torch.softmax(logit_EV, dim=1).sum(dim=1)
     assert (copy_E + general_E).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
@@ -69,8 +71,10 @@ def test_gradients_reach_every_parameter() -> None:
     view = net.view(moments)
     step = net.step(net.at_moment(hidden_EH, moments), view)
     later = net.step(net.next_state(step, view, 2), view)
-    log_popularity_V = torch.from_numpy(known.log_popularity_V)
-    logit_EV = net.logits(later.state_EH, moments.follower_EM, moments.lift_EM + 1.0, log_popularity_V)
+    log_popularity_V, crowd_VK = torch.from_numpy(known.log_popularity_V), torch.from_numpy(known.crowd_VK)
+    logit_EV = net.logits(
+        later.state_EH, moments.follower_EM, moments.lift_EM + 1.0, moments.live_E, log_popularity_V, crowd_VK
+    )
     general_E = torch.log_softmax(logit_EV, dim=1)[:, 3]
     loss = -log_probability(later, general_E, torch.tensor([0, 0, 0, 1, -1])).sum()
     loss = loss + net.type_logits(hidden_EH, moments).square().sum()
@@ -115,7 +119,7 @@ def test_switches_take_away_what_they_name() -> None:
     one, two = (timeless.moments(late, np.array([gap], np.float32))[1] for gap in (5.0, 5e5))
     assert torch.equal(one.number_SF, two.number_SF)
     assert torch.equal(one.context_EG, two.context_EG)
-    assert one.context_EG.shape[1] == CONTEXT_COUNT
+    assert one.context_EG.shape[1] == MOMENT_NUMBERS
     plain = knowledge(30, NetworkSettings(event_features=False))
     inputs = plain.inputs(events, advanced.gap_s_B, advanced.aggregates_BA)
     assert not inputs.item_B.any()

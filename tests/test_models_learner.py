@@ -88,6 +88,21 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
     assert made_bytes[0] != made_bytes[2]
 
 
+def test_auxiliary_losses_can_be_left_out() -> None:
+    """Then neither the decoder nor the head of the next type gets a gradient; the copy head learns as before."""
+    events = stream(200)
+    start = fresh()._network.state_dict()
+    for auxiliary in (True, False):
+        learning = LearningSettings(warmup_steps=1, step_events=32, weight_decay=0.0, auxiliary_losses=auxiliary)
+        learner = fresh(learning)
+        feed(learner, events, slice(0, 200))
+        learner.learn(6)
+        after = learner._network.state_dict()
+        for name in ("next_type.weight", "decoder.weight_hh"):
+            assert torch.equal(after[name], start[name]) != auxiliary, name
+        assert not torch.equal(after["copy_score.weight"], start["copy_score.weight"])
+
+
 def test_versions_count_up_and_do_not_change_afterwards() -> None:
     """weights_bytes is the next version; weights taken before a step stay as they were."""
     events = stream(200)

@@ -124,9 +124,12 @@ def test_followers_are_those_that_came_after() -> None:
     assert sorted(successors.follower_VM[0].tolist()) == [1, 3]
     assert successors.follower_VM[1].tolist() == [-1, -1]
     popularity = np.ones(5, np.float32)
-    rows, lifts, own = successors.look_up(np.array([[0, 1, -1, 4]], np.int32), popularity)
-    lift = dict(zip(rows[0].tolist(), lifts[0].tolist(), strict=True))
+    found = successors.look_up(np.array([[0, 1, -1, 4]], np.int32), popularity)
+    lift = dict(zip(found.row_EM[0].tolist(), found.lift_EM[0].tolist(), strict=True))
     assert lift[1] > lift[3] > 0
-    assert own[0].tolist() == pytest.approx([0.0, lift[1], 0.0, 0.0])
+    assert found.lift_EC[0].tolist() == pytest.approx([0.0, lift[1], 0.0, 0.0])
+    assert found.lift_ECS[0, 1].tolist() == pytest.approx([lift[1], 0.0, 0.0])
+    assert 0 < found.covered_E[0] < 1
+    assert successors.stay_V[1] > successors.stay_V[2] > successors.stay_V[0]
     successors.clear(np.array([1], np.int64))
     assert 1 not in successors.follower_VM
