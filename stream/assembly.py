@@ -21,7 +21,7 @@ from stream.errors import ConfigError, Corrupt, Retryable
 from stream.events import EventDecoder
 from stream.eviction import Bounds
 from stream.start import EARLIEST, Start
-from stream.transport import TopicSpec, Transport
+from stream.transport import TopicPartition, TopicSpec, Transport
 from stream.weights import WeightsFeed
 from stream.worker import Observer, Worker, WorkerParts
 
@@ -101,6 +101,24 @@ def topic_problems(transport: Transport, config: Config) -> list[str]:
     return problems
 
 
+def check_rights(transport: Transport, topic: str) -> None:
+    """Whether we may delete records of one of our own topics: asks to delete what is deleted already.
+
+    Raises:
+        ConfigError: we may not; without it the topic would grow without bound.
+    """
+    place = TopicPartition(topic, 0)
+    admin, reader = transport.admin(), transport.reader()
+    try:
+        first, _ = reader.bounds(place)
+        admin.delete_records(place, first)
+    except ConfigError as error:
+        raise ConfigError(f"topic {topic} cannot be kept short: {error}; grant Delete on it (DeleteRecords)") from error
+    finally:
+        reader.close()
+        admin.close()
+
+
 def prepare_rekey(transport: Transport, config: Config, source: str, target: str) -> None:
     """Check what `driftline rekey` writes to; on the embedded log missing topics are made.
 
@@ -139,6 +157,12 @@ def _internal_problems(wanted: TopicSpec, there: TopicSpec) -> list[str]:
         problems.append(
             f"topic {wanted.name} takes messages of {room} bytes at most; set max.message.bytes="
             f"{wanted.settings['max.message.bytes']}, or lower state.block_bytes_max"
+        )
+    segment = int(there.settings.get("segment.bytes", wanted.settings["segment.bytes"]))
+    if segment > int(wanted.settings["segment.bytes"]):
+        problems.append(
+            f"topic {wanted.name} has segment.bytes={segment}: what is deleted from its head stays on disk until so "
+            f"much lies behind it; set segment.bytes={wanted.settings['segment.bytes']}, or raise topics.segment_bytes"
         )
     return problems
 

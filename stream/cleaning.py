@@ -85,7 +85,7 @@ class Cleaner:
             if not too_long and (not state.rewrite_below or cleaned >= ERASED_BLOCKS_PER_BATCH):
                 return
             try:
-                found = self._next(step.partition, head)
+                found = self._next(state, step.partition, head)
             except Retryable as error:  # what the step has taken along by now does no harm
                 log.warning("event=cleaning_failed partition=%d error=%r", step.partition, str(error))
                 head.rewind()
@@ -118,6 +118,11 @@ class Cleaner:
         state.log_bytes = max(0, state.log_bytes - head.owed)
         head.owed_before = head.owed = 0
 
+    def is_too_long(self, state: PartitionState) -> bool:
+        """Whether the log would be cleaned by the next step; so it is after a crash loop that never committed one."""
+        live_bytes = len(state.arena) * state.arena.dtype.itemsize
+        return state.log_bytes > max(self._log_bytes_min, self._factor * live_bytes)
+
     def void(self, partition: int) -> None:
         """The attempt was void: nothing of it was rewritten."""
         if partition in self._heads:
@@ -131,14 +136,16 @@ class Cleaner:
         self._reader.close()
         self._admin.close()
 
-    def _next(self, partition: int, head: _Head) -> tuple[int, int, Block] | None:
+    def _next(self, state: PartitionState, partition: int, head: _Head) -> tuple[int, int, Block] | None:
         """The oldest block not looked at yet."""
         if not head.ahead:
             tp = TopicPartition(self._topic, partition)
             for record in self._reader.read(tp, head.offset, READ_TIMEOUT_S, _READ_BLOCKS):
                 value = record.value or b""
                 block = changelog.decode(value, f"{self._topic}-{partition}@{record.offset}")
-                head.ahead.append((record.offset, len(value), block))
+                gap = record.offset - head.offset if head.offset else 0
+                size = len(value) + state.hidden_bytes(gap, record.offset)
+                head.ahead.append((record.offset, size, block))
                 head.offset = record.offset + 1
         return head.ahead.popleft() if head.ahead else None
 

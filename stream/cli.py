@@ -122,7 +122,7 @@ def worker(
     Example: driftline worker --slot 1 --set worker.metrics_port=9100
     """
     quit_on_signals()
-    from stream.assembly import make_worker
+    from stream.assembly import check_rights, make_worker, names_of
     from stream.metrics import Exposition, Health, WorkerMetrics, new_registry
     from stream.warmup import warm_up
 
@@ -132,6 +132,7 @@ def worker(
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
         _prepare_topics(transport, config)
+        check_rights(transport, names_of(config).state)
         warm_up(config)
         stop = stop_on_signals(config.worker.shutdown_s, parent)
         made = make_worker(config, transport, WorkerMetrics(registry, health), start=_start(start))
@@ -156,7 +157,7 @@ def learner(
     Example: driftline learner --set learner.device=cuda:0
     """
     quit_on_signals()
-    from stream.assembly import make_learner
+    from stream.assembly import check_rights, make_learner, names_of
     from stream.metrics import Exposition, Health, LearnerMetrics, new_registry
 
     config = given.load().config
@@ -165,6 +166,7 @@ def learner(
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
         _prepare_topics(transport, config)
+        check_rights(transport, names_of(config).weights)
         stop = stop_on_signals(config.worker.shutdown_s, parent)
         made = make_learner(config, transport, LearnerMetrics(registry, health), stop, start=_start(start))
         server = None

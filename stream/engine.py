@@ -32,6 +32,8 @@ class PartitionState:
         next_block: number of the next state block.
         groups_block: number of the newest block that holds the whole group table; 0 = none does.
         log_bytes: length of the partition's state log, bytes of blocks.
+        hidden_until, hidden_each: below this offset of the state log lie records of aborted transactions that nobody
+            sees but the disk, and how long one of them is taken to be, bytes; `log_bytes` counts them.
         rewrite_below: blocks below this number may hold users that were to be forgotten; 0 = none do.
     """
 
@@ -43,6 +45,12 @@ class PartitionState:
     groups_block: int = 0
     log_bytes: int = 0
     rewrite_below: int = 0
+    hidden_until: int = 0
+    hidden_each: int = 0
+
+    def hidden_bytes(self, gap: int, offset: int) -> int:
+        """What `gap` offsets without a record before `offset` of the state log hide; one is a transaction's mark."""
+        return max(0, gap - 1) * self.hidden_each if offset <= self.hidden_until else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

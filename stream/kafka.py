@@ -15,7 +15,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition as ClientPartition
 
 from stream.errors import ConfigError
-from stream.kafka_client import ConnectionSettings, Topics, check_codec, translated, translating
+from stream.kafka_client import ConnectionSettings, Topics, check_codec, hushed, translated, translating
 from stream.kafka_consumer import KafkaConsumer
 from stream.kafka_producer import BATCH_BYTES, LINGER_MS, KafkaProducer
 from stream.transport import Record, TopicPartition, TopicSpec
@@ -23,6 +23,7 @@ from stream.transport import Record, TopicPartition, TopicSpec
 _APPEND_RECORDS = 20_000
 _APPEND_TIMEOUT_S = 60.0
 _ADMIN_TIMEOUT_MS = 20_000
+_NO_RIGHT = errors.TopicAuthorizationFailedError.errno
 _READ_FETCH = {
     "fetch_max_wait_ms": 100,
     "max_partition_fetch_bytes": 8 << 20,
@@ -103,7 +104,8 @@ class KafkaLog:
             self._writer.close(timeout=5)
             self._writer = None
         if self._admin is not None:
-            self._admin.close()
+            with hushed():
+                self._admin.close()
             self._admin = None
 
     def _describe(self, names: Sequence[str]) -> dict[str, TopicSpec | None]:
@@ -124,7 +126,11 @@ def describe(client: KafkaAdminClient, names: Sequence[str]) -> dict[str, TopicS
     """Topics as the broker has them, with all their settings; None for a missing one."""
     found: dict[str, TopicSpec | None] = dict.fromkeys(names)
     with translating(f"description of topics {', '.join(names)}"):
-        topics = [t for t in client.describe_topics(list(names)) if t["error_code"] == 0] if names else []
+        answers = client.describe_topics(list(names)) if names else []
+        hidden = next((t["name"] for t in answers if t["error_code"] == _NO_RIGHT), None)
+        if hidden is not None:
+            raise ConfigError(f"no right to describe topic {hidden!r}; grant Describe on it (docs/security.md)")
+        topics = [t for t in answers if t["error_code"] == 0]
         if topics:
             asked = [ConfigResource(ConfigResourceType.TOPIC, t["name"]) for t in topics]
             configs: dict[str, Any] = client.describe_configs(asked, config_filter="all")["topic"]
@@ -188,7 +194,8 @@ class KafkaReader:
         return self.bounds(partition)[1] if found is None else int(found.offset)
 
     def close(self) -> None:
-        self._client.close(autocommit=False, timeout_ms=2_000)
+        with hushed():
+            self._client.close(autocommit=False, timeout_ms=2_000)
 
 
 class KafkaAdmin:
@@ -228,4 +235,5 @@ class KafkaAdmin:
                 self._client.delete_records({place: -1}, timeout_ms=_ADMIN_TIMEOUT_MS)
 
     def close(self) -> None:
-        self._client.close()
+        with hushed():
+            self._client.close()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
@@ -126,7 +127,7 @@ class ConnectionSettings:
 
         merged["kafka_client"] = network
         self._knock()
-        with _last_words() as heard:
+        with _last_words(quiet=not self._was_connected) as heard:
             try:
                 made = client(**{key: value for key, value in merged.items() if key in known})
                 self._was_connected = True
@@ -203,8 +204,12 @@ def check_codec(name: str, where: str) -> None:
 
 
 @contextmanager
-def _last_words() -> Iterator[Callable[[], str]]:
-    """Hear the client library's warnings of this thread's time: they alone tell why a connection failed."""
+def _last_words(*, quiet: bool) -> Iterator[Callable[[], str]]:
+    """Hear the client library's warnings of this thread's time: they alone tell why a connection failed.
+
+    Args:
+        quiet: keep them from the log, which is to say the reason once and not at every try.
+    """
     said: list[str] = []
 
     class Ear(logging.Handler):
@@ -215,9 +220,34 @@ def _last_words() -> Iterator[Callable[[], str]]:
     logger = logging.getLogger("kafka")
     logger.addHandler(ear)
     try:
-        yield lambda: _short(next((s for s in reversed(said) if "rror" in s or "ailed" in s), ""))
+        with hushed() if quiet else nullcontext():
+            yield lambda: _short(_cause(said))
     finally:
         logger.removeHandler(ear)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep the client library's complaints from the log, while it tries to connect or takes its leave over TLS."""
+
+    def not_the_library(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING or not record.name.startswith("kafka.")
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(not_the_library)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(not_the_library)
+
+
+def _cause(said: list[str]) -> str:
+    """The newest line that names a cause; what the library says when it gives up names none."""
+    failures = [line for line in reversed(said) if "rror" in line or "ailed" in line]
+    named = [line for line in failures if re.search(r"certificate|CERTIFICATE|[Aa]uthenticat|[Aa]uthoriz", line)]
+    return next(iter(named + failures), "")
 
 
 def _short(error: object) -> str:

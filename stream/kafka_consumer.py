@@ -26,7 +26,7 @@ from kafka.structs import TopicPartition as ClientPartition
 
 from stream.assignment import assign, reset_position
 from stream.errors import ConfigError, LostPosition
-from stream.kafka_client import ConnectionSettings, Topics, translating
+from stream.kafka_client import ConnectionSettings, Topics, hushed, translating
 from stream.transport import Polled, Position, Record, TopicPartition
 
 POLL_SLICE_S = 0.1  # the library does not return when only the assignment changed
@@ -335,6 +335,7 @@ class KafkaConsumer:
         if not self._closed:
             self._closed = True
             if self._side is not None:
-                self._side.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)
-            with translating(f"leaving group {self._group!r}"):
+                with hushed():
+                    self._side.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)
+            with hushed(), translating(f"leaving group {self._group!r}"):
                 self._client.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)

@@ -33,6 +33,7 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from models.shift_rate import poisson_interval
+from stream.backlog import Backlog
 from stream.errors import ConfigError
 from stream.partition import STRAY_SHARE
 from stream.records import BatchMetrics
@@ -154,7 +155,10 @@ class WorkerMetrics:
     ) -> None:
         self._health = health
         self._progress = _Progress(clock)
+        self._clock = clock
         self._partitioners = _Partitioners()
+        self._backlog = Backlog()
+        self._read = 0
         self._counts = {n: Counter(f"driftline_{n}", text, registry=registry) for n, text in _COUNTS.items()}
         self._batches = Histogram("driftline_batch_records", "Records of a batch", buckets=_RECORDS, registry=registry)
         self._stages = Histogram(
@@ -184,6 +188,11 @@ class WorkerMetrics:
         )  # fmt: skip
         self._users = Gauge("driftline_users", "Users held in memory", registry=registry)
         self._lag = Gauge("driftline_lag_records", "Input records not read yet, an estimate", registry=registry)
+        self._catch_up = Gauge(
+            "driftline_catch_up_seconds",
+            "Until the lag is gone: 0 = it is, +Inf = it does not shrink",
+            registry=registry,
+        )
         self._version = Gauge("driftline_weights_version", "Version of the weights in use", registry=registry)
         self._event_time = Gauge("driftline_event_time_seconds", "Newest event time, since 1970", registry=registry)
         self._between = Gauge(
@@ -197,6 +206,7 @@ class WorkerMetrics:
     def turn(self, turn: Turn) -> None:
         """A committed batch."""
         self._partitioners.look(turn)
+        self._read += sum(s.metrics.records for s in turn.steps if s.metrics is not None)
         counted: list[BatchMetrics] = [s.metrics for s in turn.steps if s.metrics is not None]
         for name, counter in self._counts.items():
             counter.inc(sum(getattr(m, name) for m in counted))
@@ -255,6 +265,9 @@ class WorkerMetrics:
         self._restoring.set(restoring)
         self._users.set(users)
         self._lag.set(lag_records)
+        if partitions:
+            self._backlog.look(self._clock(), lag_records, self._read)
+            self._catch_up.set(self._backlog.eta_s)
         self._health.beat("" if partitions and not restoring else f"restoring {restoring}, running {len(partitions)}")
 
 
@@ -264,8 +277,9 @@ class LearnerMetrics:
     def __init__(
         self, registry: CollectorRegistry, health: Health, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._health = health
+        self._health, self._clock = health, clock
         self._progress = _Progress(clock)
+        self._told_shed, self._next_shed_s = 0, clock()
         self._steps = Counter("driftline_learner_steps", "Gradient steps", registry=registry)
         self._events = Counter("driftline_learner_events", "Events learned", registry=registry)
         self._skipped = Counter(
@@ -273,7 +287,7 @@ class LearnerMetrics:
         )
         self._shed = Counter("driftline_learner_shed_events", "Events not learned, for lag", registry=registry)
         self._loss = Gauge("driftline_learner_loss", "Mean loss of the last steps, nats", registry=registry)
-        self._backlog = Gauge("driftline_learner_lag_records", "Records not read yet, an estimate", registry=registry)
+        self._lag = Gauge("driftline_learner_lag_records", "Records not read yet, an estimate", registry=registry)
         self._version = Gauge("driftline_learner_version", "Last version published", registry=registry)
         self._published = Counter("driftline_learner_published_bytes", "Bytes of versions published", registry=registry)
         self._publish_s = Histogram(
@@ -284,7 +298,11 @@ class LearnerMetrics:
     def learned(self, report: Any, backlog_events: int) -> None:
         """One turn. The report is models.learner's."""
         self._health.beat()
-        self._backlog.set(backlog_events)
+        self._lag.set(backlog_events)
+        self._told_shed += report.shed
+        if report.shed and self._clock() >= self._next_shed_s:
+            self._next_shed_s = self._clock() + PROGRESS_LOG_S
+            log.warning("event=gradients_shed events=%d lag=%d", self._told_shed, backlog_events)
         self._steps.inc(report.steps)
         self._events.inc(report.events)
         self._skipped.inc(report.skipped_non_finite)

@@ -81,6 +81,7 @@ def restore(
     write_barrier(transport, transactional_id=transactional_id, topic=topic, partition=partition, nonce=nonce)
     state = PartitionState(arena=Arena(engine.dtype), groups=engine.new_groups())
     tp = TopicPartition(topic, partition)
+    gaps = blocks = 0
     reader = transport.reader()
     try:
         head, end = reader.bounds(tp)
@@ -89,6 +90,7 @@ def restore(
         while not cancelled():
             records = reader.read(tp, offset, _READ_TIMEOUT_S, _READ_RECORDS)
             for record in records:
+                gaps += max(0, record.offset - offset - 1)
                 offset = record.offset + 1
                 if record.value is None:
                     raise Corrupt(
@@ -96,9 +98,13 @@ def restore(
                     )
                 block = changelog.decode(record.value, f"{topic}-{partition}@{record.offset}")
                 if block.kind is Kind.BARRIER and block.payload == nonce:
+                    # A crash loop leaves aborted transactions behind: they make the log longer as well.
+                    state.hidden_until, state.hidden_each = record.offset, state.log_bytes // max(1, blocks)
+                    state.log_bytes += gaps * state.hidden_each
                     return state
                 fold(engine, state, block)
                 state.log_bytes += len(record.value)
+                blocks += 1
             if records:
                 last_progress_s = clock()
                 if on_progress is not None and last_progress_s >= told_s + PROGRESS_INTERVAL_S:

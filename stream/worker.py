@@ -158,6 +158,7 @@ class Worker:
         self._reader = parts.transport.reader()
         self._at: dict[TopicPartition, int] = {}  # where each partition that we run stands, by what is committed
         self._waiting: dict[TopicPartition, Record] = {}  # orders whose time has not come; their partitions are paused
+        self._overlong: set[int] = set()  # partitions taken over with a state log that is too long
         self._uncommitted: set[int] = set()  # partitions that began somewhere and have no position yet
 
     # ------------------------------------------------------------------ the loop
@@ -183,6 +184,7 @@ class Worker:
             self._hold_orders_back()
             self._finish_restores()
             self._failures["look"] = 0
+            self._shorten(group)
             busy = self._work_off(deque(self._cut(self._pending)), group)
             self._commit_beginnings(group)
             if not busy:
@@ -500,6 +502,14 @@ class Worker:
             if not self._commit([self._idle_step(partition)], group, 0.0):
                 return
 
+    def _shorten(self, group: object) -> None:
+        """A log that is too long when we take it over is cleaned before any input: that may be what we die of."""
+        for partition in sorted(self._overlong & self.states.keys()):
+            if not self._commit([self._idle_step(partition)], group, 0.0):
+                return
+            if not self._cleaner.is_too_long(self.states[partition]):
+                self._overlong.discard(partition)
+
     def _rewrite_when_idle(self, group: object) -> None:
         """Without input nothing is committed: what erasures left in older blocks is rewritten by steps of their own."""
         for partition, state in list(self.states.items()):
@@ -529,6 +539,7 @@ class Worker:
             restoring.cancelled.set()
         self._cleaner.forget(partition)
         self._uncommitted.discard(partition)
+        self._overlong.discard(partition)
         for tp in self._inputs_of(partition):
             self._at.pop(tp, None)
         for tp in [tp for tp in self._pending if tp.partition == partition]:
@@ -611,6 +622,8 @@ class Worker:
                 state.next_block = max(state.next_block, progress.next_block)
             self._seek(tp, None if position is None else position.offset)
         self.states[partition] = state
+        if self._cleaner.is_too_long(state):
+            self._overlong.add(partition)
         self._consumer.resume(tps)
         self._parts.observer.event("partition_running", partition=partition, users=len(state.arena), seen=state.seen)
 

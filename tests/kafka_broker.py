@@ -119,7 +119,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(folder: Path, heap: str = "-Xmx1g", extra: str = "") -> Broker:
-    """Start a broker with its data and log under `folder`; `extra` are more lines for its properties."""
+    """Start a broker with its data and log under `folder`; `extra` are more lines for its properties, which win."""
     command, lib = java(), jars()
     problem = ""
     for attempt in range(START_ATTEMPTS):  # another process may take a port between the look and the start

@@ -132,6 +132,7 @@ def test_all_topics_have_roles_of_one_application() -> None:
         ("weights", {"retention.bytes": "1000000"}, ("topic weights has retention.bytes=1000000", "lose state")),
         ("state", {"cleanup.policy": "compact"}, ("cleanup.policy=compact", "set cleanup.policy=delete")),
         ("state", {"max.message.bytes": "10000"}, ("10000 bytes", "state.block_bytes_max")),
+        ("weights", {"segment.bytes": "1073741824"}, ("segment.bytes=1073741824", "topics.segment_bytes")),
     ],
 )
 @pytest.mark.parametrize("retention", ["topics.retention_h=168", "topics.retention_h=-1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 
@@ -439,3 +440,33 @@ def test_a_restore_tells_how_far_it_is(log: MemoryLog) -> None:
     shares = [at.share for at in told]
     assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1
     assert told[-1].eta_s < told[0].eta_s and told[0].bytes < told[-1].bytes <= state.log_bytes
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_crash_loop_does_not_let_the_log_grow(log: MemoryLog, step: int) -> None:
+    """Sixty lives that all end in their first commit: what they leave behind, aborted blocks too, is cleaned away."""
+    fill(log, random.Random(4), 600)
+    drain(worker_on(log, log_bytes_min=3_000))
+    place = TopicPartition(NAMES.state, 0)
+    fill(log, random.Random(5), 300)
+    spans = []
+    clock = log.now
+    assert isinstance(clock, ManualClock)
+    for _ in range(60):
+
+        def kill(at: int) -> None:
+            touched = worker.states.keys() and any(worker._pending.values())  # noqa: B023
+            if at == step and touched:
+                raise Killed
+
+        worker = worker_on(log, on_step=kill, log_bytes_min=3_000)
+        with contextlib.suppress(Killed):
+            drain(worker)
+        clock.advance(20)
+        first, end = log.reader().bounds(place)
+        spans.append(end - first)
+    assert max(spans[30:]) <= max(spans[:30]) + 8, f"it grows: {spans[::6]}"
+    worker = worker_on(log, log_bytes_min=3_000)
+    drain(worker)
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert verdict.problems == [] and check_arena(worker, inputs) == []
