@@ -59,7 +59,7 @@ class Secured:
         secret.write_text(PASSWORD + "\n")
         base: dict[str, Any] = {
             "bootstrap_servers": self.closed_at,
-            "bootstrap_timeout_ms": 6_000,
+            "bootstrap_timeout_ms": 12_000,
             "security_protocol": "SASL_SSL",
             "ssl_cafile": str(self.certificate),
             "sasl_mechanism": "SCRAM-SHA-512",
