@@ -52,6 +52,7 @@ class Detector(Protocol):
 
     name: str
     knobs: tuple[float, float]  # where to look for the setting, on a logarithmic scale
+    rounds: int  # of bisection; fewer where a pass is slow
 
     def outcome(self, histories: Histories, knob: float) -> Outcome: ...
 
@@ -61,7 +62,7 @@ class RuleDetector:
 
     def __init__(self, name: str, rule: Rule, settings: ShiftSettings) -> None:
         self.name, self.rule, self.settings = name, rule, settings
-        self.knobs = (0.02, 50.0)
+        self.knobs, self.rounds = (0.02, 50.0), 12
 
     def at(self, knob: float) -> Rule:
         return msgspec.structs.replace(self.rule, thresholds=tuple(knob * t for t in self.rule.thresholds))
@@ -77,7 +78,7 @@ class DummyDetector:
     """An alarm every so many events, whatever happens: what any number here has to be compared with."""
 
     def __init__(self, settings: ShiftSettings) -> None:
-        self.name, self.settings, self.knobs = "dummy", settings, (5.0, 1e6)
+        self.name, self.settings, self.knobs, self.rounds = "dummy", settings, (5.0, 1e6), 16
 
     def outcome(self, histories: Histories, knob: float) -> Outcome:
         monitored_B = _old_enough(histories, self.settings)
@@ -102,9 +103,10 @@ class StreamDetector:
         stream: Callable[[Histories, ShiftSettings], F64],
         make: Callable[[float], Any],
         knobs: tuple[float, float],
+        rounds: int = 12,
     ) -> None:
         self.name, self.settings, self.knobs = name, settings, knobs
-        self._stream, self._make = stream, make
+        self._stream, self._make, self.rounds = stream, make, rounds
         self._cached: tuple[Histories, F64] | None = None
 
     def outcome(self, histories: Histories, knob: float) -> Outcome:
@@ -183,8 +185,16 @@ class _Binary:
         return bool(self._detector.drift_detected)
 
 
-def river_detectors(settings: ShiftSettings, *, slow: bool = False) -> list[Detector]:
-    """The detectors of river on the three streams; `slow` adds KSWIN, a test of Kolmogorov and Smirnov an event."""
+_STREAMS = ("z", "surprisal", "session")
+_RIVER = ("adwin", "pagehinkley", "hddm_w", "kswin")
+DETECTORS = (
+    *("driftline", "driftline_event", "driftline_session", "driftline_learned", "frozen", "dummy"),
+    *(f"river_{kind}_{stream}" for kind in _RIVER for stream in _STREAMS),
+)
+
+
+def river_detectors(settings: ShiftSettings, *, slow: bool = True) -> list[Detector]:
+    """The detectors of river on the three streams; HDDM_W and KSWIN, which take their time, only if `slow`."""
 
     adaptive: Any = ADWIN  # its signature has no types
 
@@ -202,9 +212,9 @@ def river_detectors(settings: ShiftSettings, *, slow: bool = False) -> list[Dete
     for name, stream in streams:
         found.append(StreamDetector(f"river_adwin_{name}", settings, stream, adwin, (0.02, 60.0)))
         found.append(StreamDetector(f"river_pagehinkley_{name}", settings, stream, page_hinkley, (0.1, 3_000.0)))
-    found.append(StreamDetector("river_hddm_w_z", settings, _squashed(ratio_stream), _Binary, (0.05, 200.0)))
-    if slow:
-        found.append(StreamDetector("river_kswin_z", settings, ratio_stream, kswin, (0.05, 100.0)))
+    for name, stream in streams if slow else ():
+        found.append(StreamDetector(f"river_hddm_w_{name}", settings, _squashed(stream), _Binary, (0.05, 200.0), 8))
+        found.append(StreamDetector(f"river_kswin_{name}", settings, stream, kswin, (0.3, 60.0), 7))
     return found
 
 
@@ -213,10 +223,10 @@ def frozen_detector(rule: Rule, settings: ShiftSettings) -> RuleDetector:
     return RuleDetector("frozen", msgspec.structs.replace(rule, hold_share=-1e9), settings)
 
 
-def set_knob(detector: Detector, histories: Histories, false_alarm_events: float, *, rounds: int = 12) -> float:
+def set_knob(detector: Detector, histories: Histories, false_alarm_events: float) -> float:
     """The setting at which the histories' own order raises at most one alarm in `false_alarm_events`."""
     low, high = (math.log(k) for k in detector.knobs)
-    for _ in range(rounds):
+    for _ in range(detector.rounds):
         middle = (low + high) / 2.0
         found = detector.outcome(histories, math.exp(middle))
         few = found.monitored >= int(found.alarm_B.sum()) * false_alarm_events

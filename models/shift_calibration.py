@@ -419,11 +419,13 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
         raise ValueError(f"{histories.users} users with a history; {FIT_USERS} are needed")
     half = rng.permutation(histories.users) % 2 == 0
     trial = _Trial(histories.some(half), histories.some(~half), settings, rng, per_user)
-    best = trial.best(_first_choices(histories, settings))
-    if settings.statistic == "learned" and not best[1].features:
-        best = trial.best(c for c in _first_choices(histories, settings) if c.features)
-    if best[1].features:
-        best = min(best, trial.best(_finer_features(best[1])), key=lambda judged: judged[0])
+    found = []
+    for kind in ("fixed", "learned"):
+        if settings.statistic in ("auto", kind):
+            best = trial.best(_first_choices(histories, settings, learned=kind == "learned"))
+            finer = _finer_features(best[1]) if kind == "learned" else _finer_drifts(best[1], settings)
+            found.append(min(best, trial.best(finer), key=lambda judged: judged[0]))
+    best = min(found, key=lambda judged: judged[0])
     best = min(best, trial.best(_finer_memories(best[1])), key=lambda judged: judged[0])
     choice = best[1] if math.isfinite(best[0]) else replace(best[1], features=())
     folds, rule = _folds(histories, half, choice, settings)
@@ -447,13 +449,19 @@ def _folds(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """One form of the rule; no features: fixed. `drift` is taken from a learned ratio, nats."""
+    """One form of the rule; no features: fixed.
+
+    Attributes:
+        plain_drift: taken from each interest's ratio, nats.
+        drift: taken from a learned ratio of a unit, nats.
+    """
 
     by_session: bool
     short_share: float = 0.0
     kappa: float
     usual_guarded: bool = True
     features: tuple[int, ...] = ()
+    plain_drift: float
     drift: float = 0.0
     unit_events: int = UNIT_ENDLESS
     half_life_events: float
@@ -471,8 +479,8 @@ def is_long(histories: Histories) -> bool:
     return len(ages) > 0 and float(np.median(ages)) > _LONG_HISTORY
 
 
-def _first_choices(histories: Histories, settings: ShiftSettings) -> Iterator[Choice]:
-    """The unit of evidence, the alternative, and whether learning helps at all."""
+def _first_choices(histories: Histories, settings: ShiftSettings, *, learned: bool) -> Iterator[Choice]:
+    """The unit of evidence; for a fixed rule also the alternative and how far the profile is shrunk."""
     half_life_events = memory_of(histories, settings)
     visit_events = len(histories) / max(1, len(session_starts(histories, settings)))
     for by_session in (True, False):
@@ -482,13 +490,15 @@ def _first_choices(histories: Histories, settings: ShiftSettings) -> Iterator[Ch
             plain = Choice(
                 by_session=by_session,
                 kappa=settings.kappa,
+                plain_drift=settings.drift,
                 unit_events=unit_events,
                 half_life_events=half_life_events,
                 hold_share=settings.hold_share,
             )
-            if settings.statistic != "fixed":
+            if learned:
                 yield replace(plain, features=_FEATURE_SETS[0])
-            for short_share in (0.0, 0.3) if settings.statistic != "learned" else ():
+                continue
+            for short_share in (0.0, 0.3):
                 for kappa in (settings.kappa, 2.5 * settings.kappa):
                     yield replace(plain, short_share=short_share, kappa=kappa)
 
@@ -497,6 +507,13 @@ def _finer_features(best: Choice) -> Iterator[Choice]:
     for features in _FEATURE_SETS:
         for drift in _DRIFTS:
             yield replace(best, features=features, drift=drift)
+
+
+def _finer_drifts(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
+    """More drift where users come in bursts: evidence dies down sooner, and the threshold is lower."""
+    for factor in (2.5, 5.0):
+        for short_share in (0.0, 0.3):
+            yield replace(best, plain_drift=factor * settings.drift, short_share=short_share)
 
 
 def _finer_memories(best: Choice) -> Iterator[Choice]:
@@ -510,7 +527,7 @@ def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
     rule = fixed_rule(
         by_session=choice.by_session,
         threshold=settings.threshold,
-        drift=settings.drift,
+        drift=choice.plain_drift,
         kappa=choice.kappa,
         short_share=choice.short_share,
         unit_events=choice.unit_events,

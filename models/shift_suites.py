@@ -41,7 +41,9 @@ BOOL = npt.NDArray[np.bool_]
 
 WITHIN = 20  # events
 NEXT = 30  # events that a natural alarm is judged by
+OURS = ("driftline", "driftline_event", "driftline_session", "driftline_learned")
 _RESAMPLES = 200
+SLOW_EVENTS_MAX = 50_000  # of the reported users; on more, detectors that take minutes are left out
 _AGES = (60, 120, 240, 480)  # events; strata of S6
 _STRATUM_SPLICES = 20  # a stratum with fewer made shifts is left out
 _ONSET_EVENTS = 10  # events since the onset for detectors that estimate none
@@ -129,8 +131,8 @@ def histories_of(user: I64, interest: U32, time_ms: I64) -> Histories:
     return Histories(user=user.astype(np.int64), interest=interest, time_ms=time_ms, share=share)
 
 
-def our_detectors(study: Study) -> list[RuleDetector]:
-    """Our rules, each made from the tuned half alone and calibrated on it."""
+def our_detectors(study: Study, names: Sequence[str] = OURS) -> list[RuleDetector]:
+    """Our rules of these names, each made from the tuned half alone and calibrated on it."""
     settings = replace_settings(study.settings, false_alarm_events=study.false_alarm_events)
     forms: tuple[tuple[str, dict[str, Any]], ...] = (
         ("driftline", {}),
@@ -140,6 +142,8 @@ def our_detectors(study: Study) -> list[RuleDetector]:
     )
     found = []
     for name, form in forms:
+        if name not in names:
+            continue
         own = replace_settings(settings, **form)
         rule = calibrate(study.tuned, own, np.random.default_rng(study.seed))
         found.append(RuleDetector(name, rule, own))
@@ -151,10 +155,10 @@ def replace_settings(settings: ShiftSettings, **changes: Any) -> ShiftSettings:
     return msgspec.structs.replace(settings, **changes)
 
 
-def detectors(study: Study, *, slow: bool = False) -> list[Detector]:
-    """Ours and all baselines."""
-    ours = our_detectors(study)
-    unit = ours[0].rule.by_session
+def detectors(study: Study, names: Sequence[str] | None) -> list[Detector]:
+    """Ours and the baselines, all or those of these names."""
+    ours = our_detectors(study, OURS if names is None else names)
+    unit = ours[0].rule.by_session if ours else False
     settings = study.settings
     plain = fixed_rule(
         by_session=unit,
@@ -163,7 +167,13 @@ def detectors(study: Study, *, slow: bool = False) -> list[Detector]:
         kappa=settings.kappa,
         half_life_events=memory_of(study.tuned, settings),
     )
-    return [*ours, frozen_detector(plain, settings), DummyDetector(settings), *river_detectors(settings, slow=slow)]
+    found: list[Detector] = [
+        *ours,
+        frozen_detector(plain, settings),
+        DummyDetector(settings),
+        *river_detectors(settings, slow=len(study.reported) <= SLOW_EVENTS_MAX),
+    ]
+    return [one for one in found if names is None or one.name in names]
 
 
 # ---------------------------------------------------------------------- S0
@@ -452,7 +462,7 @@ class Told:
 
 def natural_alerts(study: Study, count: int) -> list[Told]:
     """Alarms of our detector on the reported users' real order, drawn at random."""
-    detector = our_detectors(study)[0]
+    detector = our_detectors(study, OURS[:1])[0]
     users = study.reported
     done = run(users, detector.rule, detector.settings)
     events = columns(users.user, users.interest, users.time_ms)
@@ -486,15 +496,19 @@ SUITES = ("S0", "S1", "S2", "S3", "S5", "S6", "S7")
 
 
 def study_rows(
-    study: Study, suites: Sequence[str], labels: Labels | None, on_progress: Callable[[str, int, int], None]
+    study: Study,
+    suites: Sequence[str],
+    names: Sequence[str] | None,
+    labels: Labels | None,
+    on_progress: Callable[[str, int, int], None],
 ) -> Iterator[Row]:
-    """All rows of the suites, one detector after the other.
+    """All rows of the suites, one detector after the other; `names`: of which detectors, None = all.
 
     Raises:
         ValueError: too few users with a history.
     """
     on_progress("fitting and calibrating our own rules", 0, 1)
-    found = detectors(study)
+    found = detectors(study, names)
     made = made_shifts(study)
     soft = softened(made, study.settings, study.seed + 4) if "S2" in suites else made
     truth = planted(study.reported, study.seed + 2) if "S3" in suites else None

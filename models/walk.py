@@ -334,12 +334,15 @@ def _learn_slow(user: Any, interest: int, weight: float) -> None:
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _decay_slow(user: Any, decay_code: int, decay: float) -> None:
+    step = np.uint16(min(65_535, decay_code))
+    gone = False
     for p in range(PROFILE):
-        code = int(user.slow_weight[p])
-        if code > decay_code:
-            user.slow_weight[p] = code - decay_code
-        elif code > 0:
-            user.slow_weight[p] = 0
+        code = user.slow_weight[p]
+        left = np.uint16(code - min(code, step))
+        gone |= (left == 0) & (code > 0)
+        user.slow_weight[p] = left
+    for p in range(PROFILE if gone else 0):
+        if user.slow_weight[p] == 0:
             user.slow_interest[p] = 0
     user.slow_total *= decay
 

@@ -473,6 +473,7 @@ def evaluate_shifts(
     sort: SortOption = True,
     encoding: EncodingOption = "utf-8",
     suites: Annotated[str | None, typer.Option(help="S0 to S7 with commas; all that the file allows.")] = None,
+    detectors: Annotated[str | None, typer.Option(help="Names with commas; all.")] = None,
     arl0: Annotated[str, typer.Option(help="Events between false alarms, with commas.")] = "500",
     labels: Annotated[Path | None, typer.Option(help="Labelled blocks (S5).")] = None,
     test_users: Annotated[
@@ -498,7 +499,7 @@ def evaluate_shifts(
     from stream.shift_terminal import print_shifts
     from stream.terminal import evaluation_progress, file_form, open_source, say_counts
 
-    wanted = shifts.asked(suites, arl0, test_users, window, seed, labels is not None)
+    wanted = shifts.asked(suites, detectors, arl0, test_users, window, seed, labels=labels is not None)
     blocks = None if labels is None else shifts.read_labels(labels)
     console = Console(stderr=True)
     source = open_source(console, file, columns, file_form(header, separator, time_unit, sort, encoding))

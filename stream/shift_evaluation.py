@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from models.features import interest_key
 from models.shift import ShiftSettings
+from models.shift_baselines import DETECTORS
 from models.shift_calibration import Histories, session_starts
 from models.shift_suites import SUITES, Labels, Row, Study, histories_of, study_rows
 from stream.errors import ConfigError
@@ -75,6 +76,7 @@ class Asked:
     """What the command was asked for; None: what the file allows."""
 
     suites: tuple[str, ...] | None
+    detectors: tuple[str, ...] | None
     arl0: tuple[float, ...]
     test_users: float
     window: int | None
@@ -126,11 +128,20 @@ def read_labels(path: Path) -> LabelFile:
     return LabelFile(user=list(user), first=list(first), masquerader=[t > 0 for t in theirs])
 
 
-def asked(suites: str | None, arl0: str, test_users: float, window: int | None, seed: int, labels: bool) -> Asked:
+def asked(
+    suites: str | None,
+    detectors: str | None,
+    arl0: str,
+    test_users: float,
+    window: int | None,
+    seed: int,
+    *,
+    labels: bool,
+) -> Asked:
     """The command's options, checked.
 
     Raises:
-        ConfigError: a suite that there is not, a rate that is no number, S5 without labels.
+        ConfigError: a suite or a detector that there is not, a rate that is no number, S5 without labels.
     """
     chosen = None if suites is None else tuple(dict.fromkeys(part.strip().upper() for part in suites.split(",")))
     for name in chosen or ():
@@ -138,13 +149,17 @@ def asked(suites: str | None, arl0: str, test_users: float, window: int | None, 
             raise ConfigError(f"--suites {name}: there is no such suite; there are {', '.join(SUITES)}")
         if name == "S5" and not labels:
             raise ConfigError("--suites S5 needs --labels LABELS.csv with the columns " + ", ".join(_LABEL_COLUMNS))
+    named = None if detectors is None else tuple(part.strip() for part in detectors.split(","))
+    for name in named or ():
+        if name not in DETECTORS:
+            raise ConfigError(f"--detectors {name}: there is no such detector; there are {', '.join(DETECTORS)}")
     try:
         rates = tuple(float(part) for part in arl0.split(","))
     except ValueError:
         raise ConfigError(f"--arl0 {arl0}: write events between false alarms with commas, e.g. 200,500,1000") from None
     if not all(ARL0_MIN <= rate < 1e9 for rate in rates):
         raise ConfigError(f"--arl0 {arl0}: each must be {ARL0_MIN:.0f} events or more")
-    return Asked(suites=chosen, arl0=rates, test_users=test_users, window=window, seed=seed)
+    return Asked(suites=chosen, detectors=named, arl0=rates, test_users=test_users, window=window, seed=seed)
 
 
 def evaluate_shifts(
@@ -161,7 +176,9 @@ def evaluate_shifts(
     rows: list[Row] = []
     for rate in wanted.arl0:
         try:
-            rows += study_rows(study_of(file, labels, settings, wanted, rate), suites, blocks, on_progress)
+            rows += study_rows(
+                study_of(file, labels, settings, wanted, rate), suites, wanted.detectors, blocks, on_progress
+            )
         except ValueError as error:
             raise ConfigError(f"too little to evaluate on: {error}; take a longer file, or --test-users 1") from error
     return rows

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from models.shift_suites import Row
+from models.shift_suites import SLOW_EVENTS_MAX, Row
 
 _TITLES = {
     "S0": "S0 real order: requested against measured rate; thresholds come from the tuned users",
@@ -28,6 +28,9 @@ def print_shifts(console: Console, rows: Sequence[Row], *, same_users: bool) -> 
     """All tables; says so where the rules were calibrated on the very users that are reported."""
     if same_users:
         console.print("All users are reported, and the rules were fitted and calibrated on the same users.")
+    has_river = any(row.detector.startswith("river_adwin") for row in rows)
+    if has_river and not any(row.detector.startswith("river_kswin") for row in rows):
+        console.print(f"HDDM_W and KSWIN are left out (they take minutes with over {SLOW_EVENTS_MAX:,} events).")
     for suite in _TITLES:
         for rate in dict.fromkeys(row.requested_arl0 for row in rows):
             chosen = [row for row in rows if row.suite == suite and row.requested_arl0 == rate]

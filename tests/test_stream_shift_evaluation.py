@@ -24,7 +24,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def shop(path: Path, users: int = 60, events: int = 110) -> Path:
+def shop(path: Path, users: int = 50, events: int = 100) -> Path:
     """Users with three favourite aisles each, a tenth of the events anywhere; visits of five events."""
     rng = np.random.default_rng(5)
     with path.open("w", newline="") as file:
@@ -38,12 +38,12 @@ def shop(path: Path, users: int = 60, events: int = 110) -> Path:
     return path
 
 
-def labels(path: Path, users: int = 60) -> Path:
+def labels(path: Path, users: int = 50) -> Path:
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["user", "block", "first_position", "masquerader"])
         for user in range(users):
-            for block, first in enumerate((80, 90, 100)):
+            for block, first in enumerate((70, 80, 90)):
                 table.writerow([f"u{user}", block, first, int((user + block) % 5 == 0)])
     return path
 
@@ -78,8 +78,10 @@ def test_one_command_gives_every_suite_and_detector(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_named(suites: str, arl0: str, says: str) -> None:
     """A suite that there is not, S5 without labels, rates that are none: an error that says what to write."""
+    with pytest.raises(ConfigError, match="no such detector"):
+        asked(None, "oracle", "500", 0.5, None, 0, labels=False)
     with pytest.raises(ConfigError, match=says):
-        asked(suites, arl0, 0.5, None, 0, labels=False)
+        asked(suites, None, arl0, 0.5, None, 0, labels=False)
 
 
 def test_wrong_labels_are_named(tmp_path: Path) -> None:
@@ -100,5 +102,9 @@ def test_too_few_users_are_an_error_that_says_so() -> None:
     events = [{"user": f"u{i % 3}", "interest": "tea", "time": 10**12 + i} for i in range(60)]
     with pytest.raises(ConfigError, match="users with a history"):
         evaluate_shifts(
-            read_histories(events), None, ShiftSettings(), asked(None, "500", 0.5, None, 0, False), lambda *_: None
+            read_histories(events),
+            None,
+            ShiftSettings(),
+            asked(None, None, "500", 0.5, None, 0, labels=False),
+            lambda *_: None,
         )

@@ -1,0 +1,221 @@
+"""The rule made from users' own histories: it keeps the rate it was asked for, and learns only where that helps."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from models.shift import ShiftSettings
+from models.shift_baselines import DummyDetector, RuleDetector, frozen_detector, set_knob
+from models.shift_calibration import (
+    Histories,
+    alarm_rate,
+    calibrate,
+    columns,
+    mean_delay,
+    memory_of,
+    run,
+    session_starts,
+    splice,
+)
+from models.shift_planted import planted
+from models.shift_rule import AGES, Rule, fixed_rule
+from models.shift_suites import Study, delay_row, histories_of, meaning_row, planted_row, rate_row
+from models.walk import FEATURE_COUNT
+
+SETTINGS = ShiftSettings(false_alarm_events=100.0)
+
+
+def shop(users: int, events: int, *, seed: int, visit: int = 5, loyal: float = 0.9, pause_s: int = 40_000) -> Histories:
+    """Users with three favourite interests of 40 each, a share of events anywhere; visits of `visit` events."""
+    rng = np.random.default_rng(seed)
+    mine = np.array([rng.choice(40, 3, replace=False) for _ in range(users)])
+    user = np.repeat(np.arange(users), events)
+    favourite = mine[user, rng.integers(0, 3, len(user))]
+    interest = np.where(rng.random(len(user)) < loyal, favourite, rng.integers(0, 40, len(user))) + 1
+    place = np.tile(np.arange(events), users)
+    time_ms = 1_600_000_000_000 + (place // visit * pause_s + place % visit * 60) * 1_000
+    return histories_of(user, interest.astype(np.uint32), time_ms)
+
+
+def test_the_requested_rate_is_kept_on_other_users() -> None:
+    """Thresholds from some users give others about the requested rate, where enough alarms are expected."""
+    tuned, others = shop(120, 90, seed=1), shop(120, 90, seed=2)
+    rule = calibrate(tuned, SETTINGS, np.random.default_rng(0))
+    monitored, alarms = alarm_rate(others, rule, SETTINGS)
+    assert monitored / SETTINGS.false_alarm_events > 30
+    assert 0.6 < monitored / alarms / SETTINGS.false_alarm_events < 1.7
+
+
+def test_learning_is_never_clearly_worse_than_the_fixed_rule() -> None:
+    """On users that it has not seen, the chosen rule is about as soon as the best fixed one, or sooner."""
+    tuned, others = shop(60, 80, seed=3), shop(60, 80, seed=4)
+    splices = splice(others, SETTINGS, np.random.default_rng(1), per_user=2, window=40, after=35)
+    found = {}
+    for statistic in ("auto", "fixed"):
+        settings = msgspec.structs.replace(SETTINGS, statistic=statistic)
+        detector = RuleDetector(statistic, calibrate(tuned, settings, np.random.default_rng(0)), settings)
+        found[statistic] = mean_delay(splices, detector.at(set_knob(detector, others, 100.0)), settings)
+    assert found["auto"] < found["fixed"] + 2.0
+
+
+def test_learning_switches_itself_off_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coefficients that are noise lose against the fixed rule on the users that were not fitted on."""
+    from models import shift_calibration
+
+    noise = np.random.default_rng(2)
+    monkeypatch.setattr(shift_calibration, "fit", lambda *_: tuple(noise.normal(0.0, 1.0, FEATURE_COUNT + 1).tolist()))
+    rule = calibrate(shop(60, 80, seed=5), SETTINGS, np.random.default_rng(0))
+    assert not rule.name.startswith("learned")
+
+
+def test_a_stream_without_pauses_gets_a_rule() -> None:
+    """One endless visit gives no sessions to learn from; a rule is made all the same."""
+    endless = shop(16, 200, seed=6, pause_s=60)
+    for statistic in ("auto", "learned"):
+        rule = calibrate(endless, msgspec.structs.replace(SETTINGS, statistic=statistic), np.random.default_rng(0))
+        assert all(math.isfinite(t) and t > 0 for t in rule.thresholds)
+
+
+def test_too_few_users_are_refused() -> None:
+    """Nothing is fitted on a handful of users."""
+    with pytest.raises(ValueError, match="are needed"):
+        calibrate(shop(5, 60, seed=7), SETTINGS, np.random.default_rng(0))
+
+
+def test_an_exchangeable_stream_obeys_the_floor() -> None:
+    """Where a user's events come independently, a threshold of log ARL0 raises at most one alarm in ARL0 events."""
+    calm = shop(150, 150, seed=8, loyal=1.0)
+    rule = fixed_rule(by_session=False, threshold=math.log(200.0), drift=0.25, kappa=8.0)
+    monitored, alarms = alarm_rate(calm, rule, ShiftSettings(age_min_events=40))
+    assert monitored > 10_000 and alarms <= monitored / 200.0
+
+
+def rules() -> list[Rule]:
+    learned = (0.7, 0.0, -0.4, 0.2, -1.7, -0.2, -0.2, -0.15, 1.2)
+    plain = fixed_rule(by_session=True, threshold=0.2, drift=0.1, unit_events=8)
+    return [
+        fixed_rule(by_session=False, threshold=0.5, drift=0.1, short_share=0.3),
+        plain,
+        msgspec.structs.replace(plain, coefficients=learned, usual_guarded=True),
+    ]
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: f"{rule.name}-{rule.unit_events}")
+def test_names_of_interests_do_not_matter(rule: Rule) -> None:
+    """Other keys for the same interests: the same evidence, alarms and onsets, bit for bit."""
+    histories = shop(12, 120, seed=9)
+    keys = np.random.default_rng(3).permutation(2**16)[: int(histories.interest.max()) + 1].astype(np.uint32) + 1
+    renamed = Histories(
+        user=histories.user, interest=keys[histories.interest], time_ms=histories.time_ms, share=histories.share
+    )
+    one, other = run(histories, rule, SETTINGS), run(renamed, rule, SETTINGS)
+    assert one.evidence_B.tobytes() == other.evidence_B.tobytes()
+    assert one.alert_B.tobytes() == other.alert_B.tobytes() and one.alert_B.any()
+    assert one.onset_events_B.tobytes() == other.onset_events_B.tobytes()
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: f"{rule.name}-{rule.unit_events}")
+def test_evidence_is_always_a_number(rule: Rule) -> None:
+    """Rare and common interests, one interest only, equal times, steps back: evidence is finite."""
+    rng = np.random.default_rng(10)
+    user = np.sort(rng.integers(0, 6, 2_000))
+    interest = np.where(user == 0, 1, 1 + rng.zipf(1.3, 2_000) % 5_000).astype(np.uint32)
+    time_ms = 1_600_000_000_000 + np.cumsum(rng.choice([-3_000_000, 0, 0, 1_000, 9_000_000], 2_000))
+    histories = Histories(
+        user=user, interest=interest, time_ms=time_ms, share=rng.choice([1e-9, 1e-4, 0.5, 1.0], 2_000)
+    )
+    done = run(histories, rule, SETTINGS, features=True)
+    assert np.isfinite(done.evidence_B).all() and np.isfinite(done.features_BF).all()
+
+
+def test_units_end_at_pauses_and_after_so_many_events() -> None:
+    """With blocks of 8, a user's evidence of a visit without pauses stands after every 8 events."""
+    endless = shop(1, 64, seed=11, pause_s=60)
+    rule = fixed_rule(by_session=True, threshold=1e9, drift=0.0, unit_events=8)
+    features = run(endless, rule, SETTINGS, features=True).features_BF
+    distinct = np.exp(features[:, 2]).round().astype(int)
+    assert (distinct[::8] == 1).all() and distinct.max() <= 8
+    assert len(session_starts(endless, SETTINGS)) == 1
+
+
+def test_an_alarm_keeps_a_share_of_what_was_known() -> None:
+    """After an alarm the old profile weighs less but is not gone: who comes home again is no stranger."""
+    interest = np.array([1, 2, 3] * 40 + [7, 8, 9] * 10 + [1, 2, 3] * 10, np.uint32)
+    histories = histories_of(
+        np.zeros(len(interest), np.int64), interest, 1_600_000_000_000 + np.arange(len(interest)) * 60_000
+    )
+    histories = with_share(histories, share=0.01)
+    kept = fixed_rule(by_session=False, threshold=6.0, drift=0.25)
+    ratio = {}
+    for share in (0.0, 0.4):
+        done = run(histories, msgspec.structs.replace(kept, kept_share=share), SETTINGS)
+        assert done.alert_B[120:150].any()
+        ratio[share] = float(done.ratio_B[150])
+    assert ratio[0.4] < ratio[0.0] - 1.0
+
+
+def with_share(histories: Histories, share: float) -> Histories:
+    return Histories(
+        user=histories.user,
+        interest=histories.interest,
+        time_ms=histories.time_ms,
+        share=np.full(len(histories), share),
+    )
+
+
+def study() -> Study:
+    histories = shop(40, 90, seed=12)
+    return Study(
+        tuned=histories,
+        reported=histories,
+        reported_users=np.arange(40),
+        settings=SETTINGS,
+        false_alarm_events=100.0,
+        window=40,
+        seed=0,
+    )
+
+
+def test_the_dummy_keeps_its_rate_and_finds_little() -> None:
+    """A clock has the requested rate and no delay worth the name; a detector beats it on made shifts."""
+    given = study()
+    made = splice(given.reported, SETTINGS, np.random.default_rng(1), per_user=2, window=40, after=30)
+    dummy = DummyDetector(SETTINGS)
+    assert 0.8 < (rate_row(given, dummy, 100.0).measured_arl0 or 0.0) / 100.0 < 1.25
+    ours = RuleDetector("x", fixed_rule(by_session=False, threshold=6.0, drift=0.25), SETTINGS)
+    found = delay_row(given, ours, set_knob(ours, given.reported, 100.0), made, "S1")
+    clock = delay_row(given, dummy, set_knob(dummy, given.reported, 100.0), made, "S1")
+    assert found.missed is not None and clock.missed is not None and found.missed < clock.missed - 0.3
+    low, high = found.ci95["missed"]
+    assert low <= found.missed <= high
+
+
+def test_planted_shifts_are_named() -> None:
+    """S3: what the alarm says was gained and lost is what was planted, and the onset is near."""
+    given = study()
+    ours = RuleDetector("x", fixed_rule(by_session=True, threshold=6.0, drift=0.25), SETTINGS)
+    row = planted_row(given, ours, 1.0, planted(given.reported, 1, users=60))
+    assert (row.gained_hit_3 or 0) > 0.85 and (row.lost_hit_3 or 0) > 0.85 and (row.onset_error or 0) <= 8
+
+
+def test_meaning_needs_events_that_follow() -> None:
+    """S7 counts only alarms with a past and a future to compare, and random moments beside each."""
+    given = study()
+    ours = frozen_detector(fixed_rule(by_session=False, threshold=2.0, drift=0.25), SETTINGS)
+    row = meaning_row(given, ours, 1.0)
+    assert row.alerts and row.confirmed is not None and row.confirmed_random is not None
+    assert row.confirmed <= 1.0 and row.confirmed_random >= 0.0
+
+
+def test_shares_leave_the_user_out() -> None:
+    """What only one user does is as rare for him as what nobody does; memory is longer where histories are long."""
+    histories = histories_of(
+        np.repeat([0, 1], 50), np.repeat([1, 2], 50).astype(np.uint32), np.arange(100, dtype=np.int64)
+    )
+    assert histories.share.max() < 0.01 < shop(30, 40, seed=1).share.max()
+    assert memory_of(shop(2, 1_200, seed=1), SETTINGS) > memory_of(histories, SETTINGS)
+    assert len(columns(histories.user, histories.interest, histories.time_ms)) == 100 and AGES == 7
