@@ -350,6 +350,11 @@ class Labels:
     block: int
 
 
+def _largest_rise(evidence_B: npt.NDArray[np.float32]) -> float:
+    """The largest evidence of a block on its own: what blocks before it left behind does not count."""
+    return float((evidence_B - np.minimum.accumulate(evidence_B)).max())
+
+
 def labelled_row(study: Study, detector: RuleDetector, labels: Labels) -> Row:
     """S5: how well the largest evidence in each block tells somebody else's blocks from the user's own."""
     low = min(detector.rule.thresholds)
@@ -357,7 +362,7 @@ def labelled_row(study: Study, detector: RuleDetector, labels: Labels) -> Row:
     rule = msgspec.structs.replace(detector.at(never), hold_share=detector.rule.hold_share / never)
     done = run(labels.users, rule, detector.settings)
     place_K = labels.users.first[labels.user_K] + labels.first_K
-    score_K = np.array([done.evidence_B[place : place + labels.block].max() for place in place_K.tolist()])
+    score_K = np.array([_largest_rise(done.evidence_B[p : p + labels.block]) for p in place_K.tolist()])
     positive, negative = score_K[labels.masquerader_K], score_K[~labels.masquerader_K]
 
     def figures(positive: F64, negative: F64) -> tuple[float, float, float]:
