@@ -34,7 +34,9 @@ from typing import Protocol
 
 import numpy as np
 
+from stream import changelog
 from stream import records as out
+from stream.changelog import Kind
 from stream.checkpoint import Checkpoint, OnStep, Progress, TopicNames
 from stream.cleaning import LOG_BYTES_MIN, Cleaner
 from stream.config import WorkerSettings
@@ -263,6 +265,8 @@ class Worker:
         self._group = polled.group
         for tp in polled.revoked:
             self._drop(tp.partition)
+        if polled.assigned:
+            self._sweep_or_renew(polled.assigned)
         for partition in sorted({tp.partition for tp in polled.assigned}):
             self._start_restore(partition)
         for tp, batch in polled.records.items():
@@ -394,7 +398,7 @@ class Worker:
                 self._producer.close()
                 # A new one of the same id aborts, or waits for, what the old one left open: then positions are final.
                 self._producer = self._parts.transport.producer(transactional_id=self._id)
-                if name == "outcome_open":
+                if not isinstance(error, Rebalanced):
                     self._sweep(attempted)
                 found = self._consumer.committed(list(attempted))
                 break
@@ -432,23 +436,35 @@ class Worker:
             except Retryable as error:
                 self._back_off("positions_unstable", error, "look")
                 if self._failures["look"] >= SWEEP_AFTER:
-                    self._producer.close()
-                    with suppress(Retryable):  # the next round tries again
-                        self._producer = self._parts.transport.producer(transactional_id=self._id)
-                        self._sweep(tps)
+                    self._sweep_or_renew(tps)
+
+    def _sweep_or_renew(self, tps: Sequence[TopicPartition]) -> None:
+        """Sweep where nothing is at stake: a failure costs the producer, and what it leaves open ends with it."""
+        for _ in range(2):
+            with suppress(Retryable):  # should the second try fail as well, the next commit notices and settles
+                self._sweep(tps)
+                return
+            self._producer.close()
+            with suppress(Retryable):
+                self._producer = self._parts.transport.producer(transactional_id=self._id)
 
     def _sweep(self, tps: Iterable[TopicPartition]) -> None:
-        """An aborted transaction over positions: ends what a broker has left pending there without knowing it.
+        """An aborted transaction over partitions: ends what a broker has left open there without knowing it.
 
-        Seen on Kafka 4.3.1, killed inside of a commit and started again: the positions of an attempt stayed pending for
-        ever, although the transaction was over for its coordinator. The attempt cannot have been committed, or its
-        positions would have been acknowledged before; an abort by the same id clears them.
+        Seen on Kafka 4.3.1, killed inside of a commit and started again: a transaction of ours was over for its
+        coordinator, but its positions and records stayed open in their partitions for ever, and no committed reader
+        came past them. It cannot have been committed, or all of it would have been acknowledged before; the end of
+        another transaction of the same id there ends it.
         """
+        topics = (self._parts.topics.state, *self._parts.topics.outputs.values())
         self._producer.begin()
-        with suppress(Rebalanced):  # the log has heard which positions are meant: that is enough
+        for partition in sorted({tp.partition for tp in tps}):
+            for topic in topics:
+                self._producer.send(topic, partition, None, changelog.encode(Kind.BARRIER, partition, 0, b""))
+        with suppress(Rebalanced):  # the log has heard which partitions are meant: that is enough
             self._producer.send_offsets({tp: Position(self._at.get(tp, 0)) for tp in tps}, self._group)
         self._producer.abort()
-        self._parts.observer.event("positions_swept")
+        self._parts.observer.event("swept")
 
     def _seek_back(self) -> None:
         """Every partition that we run goes back to its committed position."""
