@@ -18,6 +18,7 @@ from models.features import F32, I64, U8, U32, U64, EventColumns
 from models.shift import GroupTable, ShiftSettings
 from models.shift_groups import SHADOW_BITS, Tallies
 from models.shift_rule import Rule
+from models.surges import Surge, raised, still
 from models.walk import (
     AGGREGATE_COUNT,
     AGGREGATES,
@@ -33,6 +34,7 @@ from models.walk import (
     TYPE_MASK,
     USER,
     WEIGHT_SCALE,
+    Crowd,
     EventView,
     Out,
     Parameters,
@@ -139,6 +141,11 @@ class Advanced:
         tallies: what calibration counts; see GroupTable.delta.
         shadow_E, shadow_key_E: events of the users whose histories calibration keeps, and those users' keys.
         features_BF: of the unit of evidence under way, where asked for; else of length 0.
+        age_B: the user's events before this one.
+        from_segment_B, from_all_B: nats of the ratio that surges of the segment, and of all, account for.
+        surging_B: SURGING_* and ALARM_* bits of models/walk.py, of the event's interest.
+        surges: alarms of surges.
+        crowd_keys_K, crowd: what the batch does to the table's surges; None in a replay.
     """
 
     ratio_B: F32
@@ -156,6 +163,13 @@ class Advanced:
     shadow_E: I64
     shadow_key_E: U64
     features_BF: F32
+    age_B: I64
+    from_segment_B: F32
+    from_all_B: F32
+    surging_B: U8
+    surges: list[Surge]
+    crowd_keys_K: U64
+    crowd: Crowd | None
 
 
 def advance(
@@ -174,6 +188,7 @@ def advance(
     """
     all_B, segment_B = groups.shares(events.interest, events.segment)
     key_B = records["key"][events.user_row]
+    crowd = groups.crowd(events.interest, events.segment)
     shadow_E = np.flatnonzero((key_B >> np.uint64(64 - SHADOW_BITS)) < groups.shadow_limit)
     return _walk(
         records,
@@ -184,6 +199,7 @@ def advance(
         _parameters(settings, groups.rule, emission),
         groups.rule,
         (shadow_E, key_B[shadow_E]),
+        crowd=crowd,
     )
 
 
@@ -203,7 +219,9 @@ def replay(
     """
     none = (np.zeros(0, np.int64), np.zeros(0, np.uint64))
     score_B = np.zeros(len(events), np.bool_)
-    return _walk(records, events, all_B, all_B, score_B, _parameters(settings, rule, None), rule, none, features)
+    return _walk(
+        records, events, all_B, all_B, score_B, _parameters(settings, rule, None), rule, none, features=features
+    )
 
 
 def _walk(
@@ -215,9 +233,12 @@ def _walk(
     parameters: Parameters,
     rule: Rule,
     shadow: tuple[I64, U64],
+    *,
     features: bool = False,
+    crowd: tuple[U64, Crowd] | None = None,
 ) -> Advanced:
     count = len(events)
+    crowd_keys_K, moving = crowd or (np.zeros(0, np.uint64), still())
     view = EventView(
         **{name: getattr(events, name) for name in _EVENT_FIELDS},
         q_all=all_B,
@@ -234,6 +255,10 @@ def _walk(
         gap_s=np.full(count, np.nan, np.float32),
         aggregates=np.empty((count, AGGREGATE_COUNT), np.float32),
         features=np.empty((count if features else 0, FEATURE_COUNT), np.float32),
+        age=np.zeros(count, np.int64),
+        from_segment=np.zeros(count, np.float32),
+        from_all=np.zeros(count, np.float32),
+        surging=np.zeros(count, np.uint8),
     )
     tallies = Tallies.zeros()
     snapshots = [_room(count if score_B.any() else 0), _room(count), _room(count)]
@@ -245,12 +270,13 @@ def _walk(
         rule.thresholds_G(),
         out,
         *snapshots,
+        moving,
         tallies.monitored_G,
         tallies.alarms_G,
     )
     before, after, alarmed = (
         Snapshot(**{name: value[:n] for name, value in zip(_SNAPSHOT_FIELDS, room, strict=True)})
-        for room, n in zip(snapshots, used, strict=True)
+        for room, n in zip(snapshots, used[:3], strict=True)
     )
     return Advanced(
         ratio_B=out.ratio,
@@ -268,6 +294,13 @@ def _walk(
         shadow_E=shadow[0],
         shadow_key_E=shadow[1],
         features_BF=out.features,
+        age_B=out.age,
+        from_segment_B=out.from_segment,
+        from_all_B=out.from_all,
+        surging_B=out.surging,
+        surges=raised(moving, used[3], crowd_keys_K),
+        crowd_keys_K=crowd_keys_K,
+        crowd=moving if crowd else None,
     )
 
 

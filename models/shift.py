@@ -10,19 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from msgspec import Meta, Struct
 
 from models.shift_groups import GroupTable
+from models.suspicion import EVIDENCE
 
 if TYPE_CHECKING:
     from models.features import EventColumns
     from models.profile import Advanced, Snapshot
+    from models.suspicion import Rows
 
 __all__ = ["GroupTable", "Reason", "ShiftSettings", "reasons"]
 
+Said = tuple[int, int, float, int, tuple[int, int] | None]
 _NAMED = 5  # interests named in each list of an alert
 _KNOWN_SHARE = 0.02  # of the slow profile: an interest with less is not what the user usually does
 
@@ -58,6 +62,14 @@ class ShiftSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             ge=0,
         ),
     ] = 0.0
+    surge_false_alarm_events: Annotated[
+        float,
+        Meta(
+            description="requested adoptions (a user comes to an interest that is new to it) between two false alarms "
+            "of an interest that surges for all or for a segment",
+            ge=1_000,
+        ),
+    ] = 1_000_000.0
     threshold: Annotated[
         float, Meta(description="evidence that an alarm takes where nothing is calibrated yet, nats", gt=0)
     ] = 7.0
@@ -110,7 +122,8 @@ class Reason:
         confidence: log10 of the expected events between such alarms without a shift, from the evidence.
         kind: abrupt, gradual or returning.
         gained, lost: interests with their part of the severity; key 0 stands for all that are not named.
-        evidence: the events since the onset that speak loudest: interest, milliseconds, nats, events ago.
+        evidence: the events since the onset that speak loudest: interest, milliseconds, nats, events ago, and where
+            it was read (number of the input topic, offset; None where that is not known any more).
         before, after: top interests with their shares.
     """
 
@@ -122,7 +135,7 @@ class Reason:
     kind: str
     gained: list[tuple[int, float]]
     lost: list[tuple[int, float]]
-    evidence: list[tuple[int, int, float, int]]
+    evidence: list[Said]
     before: list[tuple[int, float]]
     after: list[tuple[int, float]]
     threshold: float
@@ -130,39 +143,64 @@ class Reason:
 
     def sentence(self, name: Callable[[int], str]) -> str:
         """What happened, in words."""
-        gained = ", ".join(name(key) for key, _ in self.gained[:2] if key)
-        lost = ", ".join(name(key) for key, _ in self.lost[:2] if key)
-        moved = f"from {lost} to {gained}" if lost and gained else f"to {gained}" if gained else f"away from {lost}"
-        return f"Interests moved {moved} over the last {self.onset_events} events ({self.kind})."
+        gained = " and ".join(name(key) for key, _ in self.gained[:2] if key)
+        lost = " and ".join(name(key) for key, _ in self.lost[:2] if key)
+        since, count = day_of(self.onset_ms), f"{self.onset_events} event{'s' if self.onset_events > 1 else ''}"
+        then = f"; before that mostly {lost}" if lost else ""
+        if self.kind == "gradual":
+            return f"Turning step by step since {since} ({count}) to {gained or 'less of it all'}{then} (gradual)."
+        back = "back at" if self.kind == "returning" else "mostly"
+        return f"Since {since} ({count}) {back} {gained or 'less of it all'}{then} ({self.kind})."
 
 
-def reasons(advanced: Advanced, events: EventColumns, groups: GroupTable, settings: ShiftSettings) -> list[Reason]:
-    """The reason of every alarm of the batch, in the order of `advanced.alarmed`."""
-    return [_reason(advanced, e, groups, settings) for e in range(len(advanced.alarmed))]
+def day_of(time_ms: int) -> str:
+    """The day of an event time, in UTC."""
+    try:
+        return datetime.fromtimestamp(time_ms / 1_000, UTC).strftime("%Y-%m-%d")
+    except (ValueError, OverflowError, OSError):
+        return f"{time_ms} ms"
 
 
-def _reason(advanced: Advanced, e: int, groups: GroupTable, settings: ShiftSettings) -> Reason:
+def reasons(
+    advanced: Advanced,
+    events: EventColumns,
+    groups: GroupTable,
+    settings: ShiftSettings,
+    since: Mapping[int, Rows] | None = None,
+) -> list[Reason]:
+    """The reason of every alarm of the batch, in the order of `advanced.alarmed`.
+
+    Args:
+        since: by event, the rows of evidence since the onset (models/suspicion.py); without them the ring must do.
+    """
+    none = np.zeros(0, EVIDENCE)
+    rows = [(since or {}).get(event, none) for event in advanced.alarmed.event_E.tolist()]
+    return [_reason(advanced, e, groups, settings, rows[e]) for e in range(len(advanced.alarmed))]
+
+
+def _reason(advanced: Advanced, e: int, groups: GroupTable, settings: ShiftSettings, rows: Rows) -> Reason:
     alarmed = advanced.alarmed
     event = int(alarmed.event_E[e])
     onset_events = int(advanced.onset_events_B[event])
     in_ring = min(int(alarmed.events_E[e]), alarmed.ring_interest_ER.shape[1], max(1, onset_events))
-    since = alarmed.ring_interest_ER[e, :in_ring]
+    whole = len(rows) > in_ring or (len(rows) == in_ring and len(rows) > 0)
+    since = rows["interest"] if whole else alarmed.ring_interest_ER[e, :in_ring]
     before = _slow_shares(alarmed, e)
     keys, counts = np.unique(since, return_counts=True)
-    after = dict(zip(keys.tolist(), (counts / in_ring).tolist(), strict=True))
-    parts = _divergence(before, after)
+    after = dict(zip(keys.tolist(), (counts / len(since)).tolist(), strict=True))
+    parts = divergence_parts(before, after)
     severity = sum(parts.values())
     evidence_sum = float(advanced.evidence_B[event])
     return Reason(
         event=event,
-        onset_ms=_time_ago(alarmed, e, in_ring - 1),
+        onset_ms=int(rows["time_ms"][0]) if whole else _time_ago(alarmed, e, in_ring - 1),
         onset_events=max(1, onset_events),
         severity=severity,
         confidence=evidence_sum / math.log(10.0),
         kind=_kind(before, after, onset_events),
         gained=_named({k: v for k, v in parts.items() if after.get(k, 0.0) >= before.get(k, 0.0)}),
         lost=_named({k: v for k, v in parts.items() if after.get(k, 0.0) < before.get(k, 0.0)}),
-        evidence=_loudest(alarmed, e, in_ring, groups, settings),
+        evidence=_loudest_rows(rows) if whole else _loudest(alarmed, e, in_ring, groups, settings),
         before=_top(before),
         after=_top(after),
         threshold=float(advanced.threshold_B[event]),
@@ -177,7 +215,7 @@ def _slow_shares(alarmed: Snapshot, e: int) -> dict[int, float]:
     return dict(zip(alarmed.slow_interest_EP[e][used].tolist(), (shares / total).tolist(), strict=True))
 
 
-def _divergence(before: Mapping[int, float], after: Mapping[int, float]) -> dict[int, float]:
+def divergence_parts(before: Mapping[int, float], after: Mapping[int, float]) -> dict[int, float]:
     """Each interest's part of the Jensen-Shannon divergence; no part is negative."""
     parts = {}
     for key in sorted(before.keys() | after.keys()):
@@ -212,9 +250,7 @@ def _time_ago(alarmed: Snapshot, e: int, events_ago: int) -> int:
     return int(alarmed.last_time_ms_E[e]) - int(np.sum(np.exp2(gaps / 2_048.0) - 1.0) * 1_000)
 
 
-def _loudest(
-    alarmed: Snapshot, e: int, in_ring: int, groups: GroupTable, settings: ShiftSettings
-) -> list[tuple[int, int, float, int]]:
+def _loudest(alarmed: Snapshot, e: int, in_ring: int, groups: GroupTable, settings: ShiftSettings) -> list[Said]:
     """The events since the onset with the largest ratio against the slow profile as it was held."""
     since = np.ascontiguousarray(alarmed.ring_interest_ER[e, :in_ring])
     q_all, _ = groups.shares(since, np.zeros(in_ring, np.uint8))
@@ -224,4 +260,20 @@ def _loudest(
     q0 = (1 - settings.epsilon) * (weight + settings.kappa * q_all) / (n + settings.kappa) + settings.epsilon * q_all
     ratio = np.clip(np.log(q_all / q0), -settings.ratio_clip, settings.ratio_clip)
     chosen: list[Any] = np.argsort(-ratio, kind="stable")[:_NAMED].tolist()
-    return [(int(since[i]), _time_ago(alarmed, e, i), float(ratio[i]), i) for i in chosen]
+    return [(int(since[i]), _time_ago(alarmed, e, i), float(ratio[i]), i, None) for i in chosen]
+
+
+def _loudest_rows(rows: Rows) -> list[Said]:
+    """The same from the side table: what was said at the time."""
+    chosen: list[int] = np.argsort(-rows["ratio"], kind="stable")[:_NAMED].tolist()
+    last = int(rows["age"][-1])
+    return [
+        (
+            int(rows["interest"][i]),
+            int(rows["time_ms"][i]),
+            float(rows["ratio"][i]),
+            last - int(rows["age"][i]),
+            (int(rows["topic"][i]), int(rows["place"][i])),
+        )
+        for i in chosen
+    ]

@@ -615,9 +615,11 @@ def next_rule(table: GroupTable, gathered: Tallies, settings: ShiftSettings) -> 
     monitored = int(np.maximum(ages - settings.age_min_events, 0)[usable].sum())
     due = table.rule_epoch == 0 or table.events >= 2 * table.rule_epoch
     if due and monitored >= _FIRST_MONITORED and int(usable.sum()) >= FIT_USERS:
+        tail = table.rule.tail
         table.rule = calibrate(shadow.some(usable), settings, np.random.default_rng(table.epoch))
         table.rule_epoch = table.events
         table.tallies = type(gathered).zeros()
+        table.surges.offset *= tail / table.rule.tail  # as far wrong as the rule before, until it shows
     elif table.rule.false_alarm_events:
         table.rule = aimed(track(table.rule, gathered.monitored_G, gathered.alarms_G), wanted)
 
@@ -632,13 +634,12 @@ def aimed(rule: Rule, false_alarm_events: float) -> Rule:
 
 
 def track(rule: Rule, monitored_G: I64, alarms_G: I64) -> Rule:
-    """Thresholds moved so that the rate measured live comes nearer to the requested one.
+    """Thresholds moved against each other, so that all ages come nearer to one rate.
 
-    Source: the idea of adaptive conformal inference (Gibbs and Candes, arXiv 2106.00170): a threshold that follows its
-    own errors holds its rate in the long run whatever the stream does.
+    What is wrong with all of them together is followed within the epoch, alarm by alarm: `Crowd.offset`.
     """
     expected_G = monitored_G / rule.false_alarm_events
     of_age = np.log((alarms_G + _TRACK_ALARMS) / (expected_G + _TRACK_ALARMS))
     of_all = math.log((float(alarms_G.sum()) + _TRACK_ALARMS) / (float(expected_G.sum()) + _TRACK_ALARMS))
-    step = np.clip((of_age + of_all) / 2.0 / rule.tail, -_TRACK_STEP_MAX, _TRACK_STEP_MAX)
+    step = np.clip((of_age - of_all) / 2.0 / rule.tail, -_TRACK_STEP_MAX, _TRACK_STEP_MAX)
     return _with(rule, np.maximum(rule.thresholds_G() + step, 0.05).tolist())

@@ -25,6 +25,8 @@ from models.features import U8, U32, U64
 from models.index import KeyIndex
 from models.shift_rate import AlarmRate, Traffic
 from models.shift_rule import AGES, Rule, fixed_rule
+from models.surges import Surges, SurgesDelta, SurgesSnapshot
+from models.walk import Crowd
 
 if TYPE_CHECKING:
     from models.features import EventColumns
@@ -40,7 +42,7 @@ _SHADOW_ALL = np.uint64(1 << SHADOW_BITS)
 _UNSEEN = 0.5  # pseudo-count of an interest never seen
 _UNSEEN_INTERESTS = 1_000  # how many of them there may be
 _SEGMENT_PRIOR = 200.0  # events' worth of everybody's shares in a segment's shares
-_FORMAT = 3
+_FORMAT = 4
 _ONE_INTEREST = np.uint64(1 << 32)  # keys below are of all users, above of a segment
 
 
@@ -111,6 +113,8 @@ class _Delta(msgspec.Struct, array_like=True):
     shadow: tuple[bytes, bytes, bytes]
     first_ms: int
     newest_ms: int
+    surges: SurgesDelta | None
+    suppressed: int
 
 
 class _Snapshot(msgspec.Struct, array_like=True):
@@ -130,6 +134,8 @@ class _Snapshot(msgspec.Struct, array_like=True):
     traffic: Traffic
     first_ms: int
     newest_ms: int
+    surges: SurgesSnapshot
+    suppressed: int
 
 
 class GroupTable:
@@ -166,6 +172,8 @@ class GroupTable:
         self.gathered = Tallies.zeros()  # since the last cut
         self.shadow = Shadow.empty()
         self.shadow_limit = _SHADOW_ALL
+        self.surges = Surges()
+        self.suppressed = 0  # users' alarms since the last surge was told
         self.traffic = Traffic()  # frozen: up to the last cut
         self._first_ms = 0  # of the partition's first event
         self._newest_ms = 0
@@ -191,6 +199,22 @@ class GroupTable:
             return np.zeros(len(key_B))
         return np.where(row >= 0, self._weight[row], 0.0)
 
+    def crowd(self, interest_B: U32, segment_B: U8) -> tuple[U64, Crowd]:
+        """Keys of a batch's interests and the batch's own copy of what surges."""
+        key_B = interest_B.astype(np.uint64)
+        own_B = (segment_B.astype(np.uint64) << np.uint64(32)) | key_B
+        keys_K, place = np.unique(np.concatenate([key_B, own_B]), return_inverse=True)
+        all_B, own_place_B = place[: len(key_B)], place[len(key_B) :]
+        share = 1.0 / self.rule.false_alarm_events if self.rule.false_alarm_events else 0.0
+        crowd = self.surges.crowd(
+            keys_K,
+            self._index.find(keys_K),
+            self._index.find(keys_K & np.uint64(0xFFFFFFFF)),
+            (all_B, np.where(segment_B > 0, own_place_B, -1)),
+            (share, self.rule.tail, self._settings.surge_false_alarm_events),
+        )
+        return keys_K, crowd
+
     def wanted(self) -> float:
         """Events between alarms that the settings ask for, at the traffic as it was up to the last cut."""
         return self.traffic.wanted(self._settings.alerts_per_day, self._settings.false_alarm_events)
@@ -206,8 +230,14 @@ class GroupTable:
 
     # ------------------------------------------------------------------ what a batch adds
 
-    def delta(self, events: EventColumns, advanced: Advanced, names: Mapping[int, str]) -> bytes:
-        """What a batch adds to this table; the table itself stays as it is. Empty if there were no events."""
+    def delta(
+        self, events: EventColumns, advanced: Advanced, names: Mapping[int, str], suppressed: int | None = None
+    ) -> bytes:
+        """What a batch adds to this table; the table itself stays as it is. Empty if there were no events.
+
+        Args:
+            suppressed: alarms suppressed since the last surge was told, as of now; None: as before.
+        """
         if not len(events):
             return b""
         key_B = events.interest.astype(np.uint64)
@@ -229,6 +259,8 @@ class GroupTable:
                 shadow.dump(),
                 int(events.time_ms[0]),
                 int(events.time_ms.max()),
+                None if advanced.crowd is None else self.surges.delta(advanced.crowd_keys_K, advanced.crowd),
+                self.suppressed if suppressed is None else suppressed,
             )
         )
 
@@ -250,12 +282,17 @@ class GroupTable:
         self.shadow = self.shadow.join(Shadow.load(delta.shadow))
         self._first_ms = self._first_ms or delta.first_ms
         self._newest_ms = max(self._newest_ms, delta.newest_ms)
+        self.suppressed = delta.suppressed
+        if delta.surges is not None:
+            changed = np.frombuffer(delta.surges.keys, "<u8").astype(np.uint64)
+            self.surges.apply(delta.surges, self._index.find(changed))
 
     def _append(self, keys: U64) -> None:
         first = len(self._keys)
         self._keys = np.concatenate([self._keys, keys])
         self._weight = np.concatenate([self._weight, np.zeros(len(keys))])
         self._added = np.concatenate([self._added, np.zeros(len(keys), np.int64)])
+        self.surges.append(len(keys))
         self._index.insert(keys, np.arange(first, first + len(keys), dtype=np.int32))
 
     def knows(self, user_keys: U64) -> bool:
@@ -281,13 +318,14 @@ class GroupTable:
         fresh = int(self._added[self._keys < _ONE_INTEREST].sum())
         table.events = self.events + fresh
         weight = self._weight * 0.5 ** (fresh / settings.population_half_life_events) + self._added
-        keys = self._keys
-        if len(keys) > settings.group_interests_max:
-            kept = np.sort(np.lexsort((keys, -weight))[: settings.group_interests_max])
-            keys, weight = keys[kept], weight[kept]
-        order = np.argsort(keys)  # the same table whatever the order in which interests came
-        table._append(keys[order])
-        table._weight = weight[order]
+        kept = np.arange(len(self._keys))
+        if len(kept) > settings.group_interests_max:
+            kept = np.lexsort((self._keys, -weight))[: settings.group_interests_max]
+        kept = kept[np.argsort(self._keys[kept])]  # the same table whatever the order in which interests came
+        table._append(self._keys[kept])
+        table._weight = weight[kept]
+        table.suppressed = self.suppressed
+        table.surges = self.surges.cut(kept, table._keys, settings.population_half_life_events)
         table._recount()
         interests = set(table._keys[table._keys < _ONE_INTEREST].tolist())
         table.names = {k: n for k, n in sorted(self.names.items()) if k in interests}
@@ -336,6 +374,8 @@ class GroupTable:
                     self.traffic,
                     self._first_ms,
                     self._newest_ms,
+                    self.surges.dump(),
+                    self.suppressed,
                 )
             ),
             1,
@@ -364,5 +404,6 @@ class GroupTable:
         table.rule, table.rule_epoch = saved.rule, saved.rule_epoch
         table.shadow_limit, table.shadow = np.uint64(saved.shadow_limit), Shadow.load(saved.shadow)
         table.traffic, table._first_ms, table._newest_ms = saved.traffic, saved.first_ms, saved.newest_ms
+        table.surges, table.suppressed = Surges.load(saved.surges, table._keys), saved.suppressed
         table._recount()
         return table

@@ -35,6 +35,7 @@ from models.shift_baselines import (
 from models.shift_calibration import Histories, Splices, calibrate, columns, delays, memory_of, run, splice
 from models.shift_planted import Planted, planted, softened
 from models.shift_rule import fixed_rule
+from models.surge_trial import surge_trials
 
 F64 = npt.NDArray[np.float64]
 BOOL = npt.NDArray[np.bool_]
@@ -497,7 +498,7 @@ def natural_alerts(study: Study, count: int) -> list[Told]:
 # ---------------------------------------------------------------------- all
 
 
-SUITES = ("S0", "S1", "S2", "S3", "S5", "S6", "S7")
+SUITES = ("S0", "S1", "S2", "S3", "S4", "S5", "S6", "S7")
 
 
 def study_rows(
@@ -529,6 +530,16 @@ def study_rows(
                 yield replace(row, measured_arl0=measured.measured_arl0, expected_alarms=measured.expected_alarms)
         if labels is not None and "S5" in suites and isinstance(detector, RuleDetector):
             yield labelled_row(study, detector, labels)
+    if "S4" in suites:
+        on_progress("surges", len(found), len(found))
+        made_surges = surge_trials(study.seed + 5, settings=study.settings, trials=6)
+        yield Row(
+            suite="S4",
+            detector="driftline",
+            requested_arl0=study.false_alarm_events,
+            scope_accuracy=made_surges.scope_accuracy,
+            alerted_share=made_surges.users_alerted,
+        )
 
 
 def _matched_rows(

@@ -13,8 +13,9 @@ On the way of an event: `advance` (models/profile.py) hands a batch to `walk`. W
       detector       evidence, session_*, usual, watch: 16 bytes
       averages, times, counters
 
-Order within one event: end of the unit of evidence before (a session, or one event) -> evidence of the unit under way,
-from the record BEFORE the event -> alarm -> ring -> slow profile (unless held) -> averages -> is a forecast due?
+Order within one event: end of the unit of evidence before (a session, or one event) -> what surges for everybody
+enters what is usual -> evidence of the unit under way, from the record BEFORE the event -> alarm -> does an interest
+surge? -> ring -> slow profile (unless held) -> averages -> is a forecast due?
 
 Everything compiled is in this one file, constants included: the cache of the compiler sees no other.
 """
@@ -79,6 +80,28 @@ FEATURES = (  # of the unit of evidence under way: a session, or a single event
     "rarity",  # mean -log of its interests' shares among all users, in whole nats each
 )
 FEATURE_COUNT = len(FEATURES)
+
+
+# What is known of one interest among all users, or in a segment, while it may surge: one row of `Crowd.rows`. Counted
+# are adoptions: events by which a user comes to an interest that is new to it. A clock counts the adoptions of a scope.
+SURGE = np.dtype(
+    [
+        ("usual", "<f8"),  # frozen: share of the scope's adoptions
+        ("score", "<f8"),  # CUSUM of the log-likelihood ratio of SURGE_RATIO times the usual share, as of `at`
+        ("recent", "<f8"),  # decayed count, as of `recent_at`
+        ("lead", "<f8"),  # rows of all: how well the best segment alone explains the surge, nats
+        ("at", "<i8"),  # the scope's clock
+        ("recent_at", "<i8"),  # the clock of all
+        ("since", "<i8"),  # the scope's clock when the score was last 0
+        ("since_ms", "<i8"),  # event time of the first adoption since then
+        ("count", "<u4"),  # adoptions since then
+        ("alarm", "u1"),  # an alarm was raised, and the score has not been 0 since
+        ("spare", "u1", (3,)),
+    ]
+)
+# And of the scopes: 0 is all users, the others are the segments.
+SCOPE = np.dtype([("recent", "<f8"), ("clock", "<i8"), ("recent_at", "<i8"), ("watched", "u1"), ("spare", "u1", (7,))])
+SCOPES = 256
 
 
 def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -> np.dtype[Any]:
@@ -161,6 +184,39 @@ class Out(NamedTuple):
     gap_s: F32
     aggregates: F32
     features: F32  # of length 0 where nobody wants them
+    age: Any  # the user's events before this one
+    from_segment: F32  # nats that what surges in the segment takes from the ratio
+    from_all: F32  # and what surges for everybody
+    surging: U8  # SURGING_* and ALARM_* bits of the event's interest, SUSPECT and CLEARED of the user
+
+
+class Crowd(NamedTuple):
+    """What all users do, and segments: rows of the batch's own interests; changed in place. Live events only.
+
+    Attributes:
+        live: False in a replay: nothing surges, thresholds stand.
+        offset: of length 1: added to all thresholds; follows the alarms.
+        step: nats by which one alarm moves it.
+        share: of monitored events that are to raise an alarm; 0 = nothing is followed.
+        bar: score that a surge's alarm takes.
+        raised_event, raised_row: of length B: alarms of surges; `raised`: score, adoptions, adoptions of
+            all interests since, event time of the first one.
+        adopted: by row: adoptions in this batch.
+    """
+
+    live: bool
+    row_all: Any
+    row_segment: Any  # -1: no segment
+    rows: Any  # SURGE
+    scopes: Any  # SCOPE, of length SCOPES
+    offset: F64
+    step: float
+    share: float
+    bar: float
+    raised_event: I64
+    raised_row: I64
+    raised: F64
+    adopted: I64
 
 
 class Room(NamedTuple):
@@ -215,6 +271,18 @@ _USUAL_SCALE = 32.0
 _USUAL_RATE = 0.2
 _TAIL_WEIGHT = 0.25  # decayed count that a mark in the tail stands for
 _KNOWN_WEIGHT = 0.5  # decayed count from which the slow profile knows an interest
+_OFFSET_MAX = 20.0
+_THRESHOLD_MIN = 0.05
+SURGING_ALL, SURGING_SEGMENT, ALARM_ALL, ALARM_SEGMENT = 1, 2, 4, 8
+SUSPECT, CLEARED = 16, 32  # the user is under suspicion after the event; was so before it, and no longer after it
+SURGE_RATIO = 4.0  # a surge makes an interest so many times likelier, or more: from 2.2 on the score rises
+_SURGE_GAIN = math.log(SURGE_RATIO)
+SURGE_GATE = 3.0  # score from which a surge enters what is usual, nats
+SURGE_CAP = 5.0  # above the bar: a surge that is over is forgotten in time
+RECENT_HALF_LIFE = 512.0  # adoptions of all
+RECENT_TOTAL = RECENT_HALF_LIFE / math.log(2.0)  # what decayed counts add up to in the long run
+_ADOPTED_WEIGHT = 1.0  # decayed count from which an interest is not new to a user
+_SPAN_MIN = 8.0
 _BACK_MS_MAX = 3_600_000  # a longer step back in time is a clock that was wrong before, and is followed
 
 
@@ -384,14 +452,137 @@ def _short_share(user: Any, interest: int) -> float:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _ratio(user: Any, interest: int, weight: float, q_all: float, q_segment: float, p: Any) -> float:
-    """log q1/q0 of an interest; q0 the slow profile shrunk to the segment, q1 the ring mixed with the population."""
+def _ratio(
+    user: Any, interest: int, weight: float, q_all: float, q_segment: float, p: Any, surge_all: float,
+    surge_segment: float,
+) -> tuple[float, float, float]:  # fmt: skip
+    """log q1/q0 of an interest; q0 the slow profile shrunk to the segment, q1 the ring mixed with the population.
+
+    Probability that surges add is in both. Also returned: what the segment's surge, and everybody's, take from the
+    ratio; before clipping the three add up to the ratio of a user that knows of no surge.
+    """
     n = user.slow_total
     q0 = (1.0 - p.epsilon) * (weight + p.kappa * q_segment) / (n + p.kappa) + p.epsilon * q_all
     q1 = q_all
     if p.short_share > 0.0:
         q1 = p.short_share * _short_share(user, interest) + (1.0 - p.short_share) * q_all
-    return float(min(p.clip, max(-p.clip, math.log(q1 / q0))))
+    from_all = from_segment = 0.0
+    if surge_all > 0.0:
+        q0_all = q0 + surge_all * (1.0 - q0)
+        q1 += surge_all * (1.0 - q1)
+        from_all = math.log(q0_all / q0)
+        q0 = q0_all
+    if surge_segment > 0.0:
+        q0_segment = q0 + surge_segment * (1.0 - q0)
+        q1 += surge_segment * (1.0 - q1)
+        from_segment = math.log(q0_segment / q0)
+        q0 = q0_segment
+    return min(p.clip, max(-p.clip, math.log(q1 / q0))), from_segment, from_all
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _adopts(user: Any, interest: int, weight: float, gap_s: float, session_gap_s: float) -> bool:
+    """Whether the user comes to an interest that is new to it. A visit longer than the ring counts no more: one user
+    that does a thousand things an hour is not a crowd."""
+    if weight >= _ADOPTED_WEIGHT:
+        return False
+    events = int(user.events)
+    short = events < RING or gap_s > session_gap_s
+    pause = GAP_SCALE * math.log2(1.0 + session_gap_s)
+    for i in range(min(events, RING)):
+        slot = (events - 1 - i) & _LAST
+        if user.ring_interest[slot] == interest:
+            return False
+        short |= user.ring_gap[slot] > pause
+    return short
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _surge_score(row: Any, clock: int) -> float:
+    """The score as of now: it falls by itself while the interest does not come."""
+    return float(row.score - (SURGE_RATIO - 1.0) * row.usual * (clock - row.at))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _recent(value: float, at: int, clock: int) -> float:
+    return value * math.exp2(-(clock - at) / RECENT_HALF_LIFE)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _surge(row: Any, scope: Any, clock_all: int) -> float:
+    """Probability that a surge adds to the interest in the scope; 0 while none is suspected."""
+    if not scope.watched or _surge_score(row, scope.clock) < SURGE_GATE:
+        return 0.0
+    span = scope.clock - row.since
+    if span < RECENT_TOTAL:
+        rate = row.count / max(_SPAN_MIN, float(span))
+    else:
+        total = _recent(scope.recent, scope.recent_at, clock_all)
+        rate = _recent(row.recent, row.recent_at, clock_all) / max(_SPAN_MIN, total)
+    return float(min(0.9, max(0.0, rate - row.usual)))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _adopted(row: Any, scope: Any, clock_all: int, bar: float, time_ms: int) -> None:
+    """One more adoption of the interest in the scope, whose clock has moved on."""
+    score = _surge_score(row, scope.clock)
+    if score <= 0.0:
+        score = 0.0
+        row.since = scope.clock - 1
+        row.since_ms = time_ms
+        row.count = 0
+        row.alarm = 0
+        row.lead = 0.0
+    row.score = min(bar + SURGE_CAP, score + _SURGE_GAIN)
+    row.at = scope.clock
+    row.count += 1
+    row.recent = _recent(row.recent, row.recent_at, clock_all) + 1.0
+    row.recent_at = clock_all
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _tick(scope: Any, clock_all: int) -> None:
+    scope.clock += 1
+    scope.recent = _recent(scope.recent, scope.recent_at, clock_all) + 1.0
+    scope.recent_at = clock_all
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _explained(count: float, expected: float) -> float:
+    """Log-likelihood that a Poisson count gains by a rate of its own; 0 where there are not more than expected."""
+    return count * math.log(count / expected) - (count - expected) if count > expected else 0.0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _learn_crowd(crowd: Any, b: int, segment: int, time_ms: int) -> int:
+    """Count an adoption; the row of a surge whose alarm is raised by it, or -1.
+
+    Where all and a segment are possible, the better explanation speaks: one rate for everybody, or the segment's alone.
+    """
+    everybody, row = crowd.scopes[0], crowd.rows[crowd.row_all[b]]
+    crowd.adopted[crowd.row_all[b]] += 1
+    _tick(everybody, everybody.clock + 1)
+    clock = everybody.clock
+    _adopted(row, everybody, clock, crowd.bar, time_ms)
+    total = _recent(everybody.recent, everybody.recent_at, clock)
+    of_all = _explained(row.recent, row.usual * total)
+    of_segment = 0.0
+    place = crowd.row_segment[b]
+    if place >= 0:
+        scope, own = crowd.scopes[segment], crowd.rows[place]
+        crowd.adopted[place] += 1
+        _tick(scope, clock)
+        _adopted(own, scope, clock, crowd.bar, time_ms)
+        if scope.watched:
+            of_segment = _explained(own.recent, own.usual * _recent(scope.recent, scope.recent_at, clock))
+            row.lead = max(row.lead, of_segment)
+            if own.score > crowd.bar and of_segment > of_all and not own.alarm and not row.alarm:
+                own.alarm = 1
+                return int(place)
+    if everybody.watched and row.score > crowd.bar and of_all >= row.lead and not row.alarm:
+        row.alarm = 1
+        return int(crowd.row_all[b])
+    return -1
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -555,15 +746,16 @@ def _due(user: Any, interest: int, time_ms: int, alert: bool, p: Any) -> int:
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def walk(
     records: Any, events: Any, p: Any, thresholds_G: Any, out: Any, before: Any, after: Any, alarmed: Any,
-    monitored_G: Any, alarms_G: Any,
-) -> tuple[int, int, int]:  # fmt: skip
-    befores = afters = alarms = 0
+    crowd: Any, monitored_G: Any, alarms_G: Any,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    befores = afters = alarms = surges = 0
     features_F = np.zeros(FEATURE_COUNT)
     for b in range(len(events.interest)):
         user = records[events.user_row[b]]
         interest = events.interest[b]
         kind = int(events.type[b]) & TYPE_MASK
         age = int(user.events)
+        watch = int(user.watch)
         _aggregate(user, out.aggregates[b])
         if events.score[b]:
             _keep(user, b, before, befores)
@@ -594,12 +786,30 @@ def walk(
                 if user.evidence <= 0.0:
                     _calm(user, p.hold_share >= 0.0)
             group = np.searchsorted(_AGE_EDGES, age, side="right")
-            _close(user, not p.usual_guarded or user.evidence <= p.hold_share * thresholds_G[group])
+            threshold = max(_THRESHOLD_MIN, thresholds_G[group] + crowd.offset[0])
+            _close(user, not p.usual_guarded or user.evidence <= p.hold_share * threshold)
+
+        # what surges for everybody, or in the segment, enters what is usual
+        surge_all = surge_segment = 0.0
+        if crowd.live:
+            clock = crowd.scopes[0].clock
+            surge_all = _surge(crowd.rows[crowd.row_all[b]], crowd.scopes[0], clock)
+            surging = (SURGING_ALL + ALARM_ALL * crowd.rows[crowd.row_all[b]].alarm) * (surge_all > 0.0)
+            if crowd.row_segment[b] >= 0:
+                own = crowd.rows[crowd.row_segment[b]]
+                surge_segment = max(0.0, _surge(own, crowd.scopes[events.segment[b]], clock) - surge_all)
+                surging += (SURGING_SEGMENT + ALARM_SEGMENT * own.alarm) * (surge_segment > 0.0)
+            out.surging[b] = surging
 
         # evidence of the unit under way, from the record before this event
         weight = _slow_weight(user, interest)
-        ratio = _ratio(user, interest, weight, events.q_all[b], events.q_segment[b], p)
+        ratio, from_segment, from_all = _ratio(
+            user, interest, weight, events.q_all[b], events.q_segment[b], p, surge_all, surge_segment
+        )
         out.ratio[b] = ratio
+        out.from_segment[b] = from_segment
+        out.from_all[b] = from_all
+        out.age[b] = age
         if user.session_count == 0 or (user.session_count < 255 and not _counted_in_session(user, interest)):
             kind |= COUNTED
             _count(user, ratio - p.drift, weight, events.q_all[b])
@@ -618,12 +828,26 @@ def walk(
 
         # alarm
         group = np.searchsorted(_AGE_EDGES, age, side="right")
-        threshold = thresholds_G[group]
+        threshold = max(_THRESHOLD_MIN, thresholds_G[group] + crowd.offset[0])
         out.threshold[b] = threshold
+        alert = monitored and evidence > threshold
         if monitored:
             monitored_G[group] += 1
-        alert = monitored and evidence > threshold
+            moved = crowd.offset[0] + crowd.step * ((1.0 if alert else 0.0) - crowd.share)
+            crowd.offset[0] = min(_OFFSET_MAX, max(-_OFFSET_MAX, moved))
         held = monitored and evidence > p.hold_share * threshold
+        if crowd.live and _adopts(user, interest, weight, gap_s, p.session_gap_ms / 1000.0):
+            raised = _learn_crowd(crowd, b, events.segment[b], time_ms)
+            if raised >= 0:
+                crowd.raised_event[surges] = b
+                crowd.raised_row[surges] = raised
+                row = crowd.rows[raised]
+                scope = crowd.scopes[0 if raised == crowd.row_all[b] else events.segment[b]]
+                crowd.raised[surges, 0] = row.score
+                crowd.raised[surges, 1] = row.count
+                crowd.raised[surges, 2] = scope.clock - row.since
+                crowd.raised[surges, 3] = row.since_ms
+                surges += 1
         _push(user, interest, kind | HELD if held else kind, gap_s)
         if alert:
             out.alert[b] = True
@@ -634,6 +858,9 @@ def walk(
         elif not held:
             _decay_slow(user, p.decay_code, p.decay)
             _learn_slow(user, interest, 1.0)
+        out.surging[b] |= SUSPECT * (out.onset_events[b] > 0) + CLEARED * (
+            (watch > 0 or out.onset_events[b] > 0) and user.watch <= 0
+        )
         _average(user, kind & TYPE_MASK, time_ms, events.price[b], events.dwell_s[b])
 
         bits = _due(user, interest, time_ms, alert, p)
@@ -641,4 +868,4 @@ def walk(
         if bits:
             _keep(user, b, after, afters)
             afters += 1
-    return befores, afters, alarms
+    return befores, afters, alarms, surges

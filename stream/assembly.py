@@ -191,6 +191,7 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
         top_k=config.forecast.top_k,
         quality_share=config.worker.quality_share if quality_share is None else quality_share,
         epoch_records=config.worker.epoch_events,
+        topics=tuple(config.topics.events),
         partitions=config.topics.partitions,
         bounds=Bounds(
             ttl_ms=int(config.state.ttl_h * 3_600_000),

@@ -6,11 +6,12 @@ A transaction writes the records it touched as a few packed blocks, each one rec
          0     4  magic "DLB1"
          4     2  format version
          6     1  kind: 1 users, 2 tombstones, 3 groups (a whole table), 4 group delta, 5 barrier, 6 format,
-                     7 erased: tombstones of users that were to be forgotten; older blocks are rewritten soon
+                  7 erased: tombstones of users that were to be forgotten; older blocks are rewritten soon,
+                  8 evidence of suspects, 9 a piece of a group table that goes on in the next block
          7     1  reserved, 0
          8     4  partition
         12     4  block number, ascending in a partition (0 for a barrier)
-        16     4  records in the payload
+        16     4  records in the payload; of groups: the pieces before this last one
         20     4  length of the field list
         24     4  CRC32C of everything else
         28     -  the field list, JSON [[name, dtype, shape], ...]; empty for kinds without records
@@ -53,17 +54,26 @@ class Kind(enum.IntEnum):
     BARRIER = 5
     FORMAT = 6
     ERASED = 7
+    EVIDENCE = 8
+    GROUPS_PIECE = 9
+
+
+_OF_RECORDS = (Kind.USERS, Kind.TOMBSTONES, Kind.ERASED, Kind.EVIDENCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """One decoded block. `records` for USERS, TOMBSTONES and ERASED (these: `key` only), `payload` for the others."""
+    """One decoded block. `records` for USERS, EVIDENCE, TOMBSTONES and ERASED (these: `key` only), else `payload`.
+
+    `pieces`: of GROUPS, how many GROUPS_PIECE blocks come right before it.
+    """
 
     kind: Kind
     partition: int
     number: int
     records: Records | None
     payload: bytes
+    pieces: int = 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,9 +86,9 @@ def field_list(dtype: np.dtype[Any]) -> bytes:
     return json.dumps(fields, separators=(",", ":")).encode()
 
 
-def encode(kind: Kind, partition: int, number: int, body: Records | bytes) -> bytes:
+def encode(kind: Kind, partition: int, number: int, body: Records | bytes, pieces: int = 0) -> bytes:
     """One block."""
-    fields, count = b"", 0
+    fields, count = b"", pieces
     if isinstance(body, np.ndarray):
         fields, count, body = field_list(body.dtype), len(body), body.tobytes()
     head = _HEADER.pack(MAGIC, FORMAT_VERSION, kind, 0, partition, number, count, len(fields))
@@ -103,6 +113,15 @@ def pack(kind: Kind, partition: int, number: int, records: Records, bytes_max: i
         yield encode(kind, partition, number + i, records[start : start + room])
 
 
+def pack_groups(partition: int, number: int, payload: bytes, bytes_max: int) -> Iterator[bytes]:
+    """A whole group table, in pieces where it is too large for one block."""
+    room = bytes_max - _HEAD_BYTES
+    *pieces, last = [payload[start : start + room] for start in range(0, len(payload), room)] or [b""]
+    for i, piece in enumerate(pieces):
+        yield encode(Kind.GROUPS_PIECE, partition, number + i, piece)
+    yield encode(Kind.GROUPS, partition, number + len(pieces), last, len(pieces))
+
+
 def decode(value: bytes, where: str) -> Block:
     """Read a block back.
 
@@ -123,8 +142,10 @@ def decode(value: bytes, where: str) -> Block:
     if crc32c.crc32c(value[_HEAD_BYTES:], crc32c.crc32c(value[: _HEADER.size])) != checksum:
         raise Corrupt(f"{where}: the state block fails its checksum; restore the topic or start with a new app.name")
     body = memoryview(value)[_HEAD_BYTES + fields_length :]
-    if kind not in (Kind.USERS, Kind.TOMBSTONES, Kind.ERASED):
-        return Block(kind=Kind(kind), partition=partition, number=number, records=None, payload=bytes(body))
+    if kind not in _OF_RECORDS:
+        return Block(
+            kind=Kind(kind), partition=partition, number=number, records=None, payload=bytes(body), pieces=count
+        )
     dtype = _dtype(value[_HEAD_BYTES : _HEAD_BYTES + fields_length])
     if count * dtype.itemsize != len(body):
         raise Corrupt(f"{where}: the state block promises {count} records and holds {len(body)} bytes")

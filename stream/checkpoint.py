@@ -138,13 +138,18 @@ class Checkpoint:
         room = changelog.records_in_block(step.records.dtype, self._block_bytes_max)
         step.records["block"] = first + np.arange(len(step.records)) // room
         values = list(changelog.pack(Kind.USERS, partition, first, step.records, self._block_bytes_max))
+        if len(step.evidence):
+            values += changelog.pack(
+                Kind.EVIDENCE, partition, first + len(values), step.evidence, self._block_bytes_max
+            )
         if step.gone is not None and len(step.gone):
             keys = np.array(step.gone, np.uint64).view([("key", "<u8")])
             kind = Kind.ERASED if step.erased else Kind.TOMBSTONES
             values += changelog.pack(kind, partition, first + len(values), keys, self._block_bytes_max)
         if step.groups_after is not None:
             step.groups_block = first + len(values)
-            values.append(changelog.encode(Kind.GROUPS, partition, step.groups_block, step.groups_after.snapshot()))
+            whole = step.groups_after.snapshot()
+            values += changelog.pack_groups(partition, step.groups_block, whole, self._block_bytes_max)
         elif step.group_delta:
             values.append(changelog.encode(Kind.GROUP_DELTA, partition, first + len(values), step.group_delta))
         for value in values:

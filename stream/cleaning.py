@@ -10,7 +10,8 @@ a crash at any point, loses nothing; a crash before the deletion leaves a longer
            └─────┴─────┴─────┴─────┴─────┴ ─ ─
               ▲ deleted after the commit of 42
 
-A record is alive in a block if the arena's record of that key carries the block's number.
+A record is alive in a block if the arena's record of that key carries the block's number, a row of evidence if the side
+table still needs it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Cleaner:
 
     def extend(self, state: PartitionState, step: PartitionStep) -> None:
         """Before the commit: add the live records of the oldest blocks to the step where the log is too long."""
-        live_bytes = len(state.arena) * state.arena.dtype.itemsize
+        live_bytes = len(state.arena) * state.arena.dtype.itemsize + state.suspects.nbytes
         head = self._heads.setdefault(step.partition, _Head())
         # The batch itself lies in the log as well by the time that the head is deleted.
         log_bytes = state.log_bytes - head.owed + step.records.nbytes
@@ -151,11 +152,13 @@ class Cleaner:
 
     def _rewrite(self, state: PartitionState, step: PartitionStep, block: Block) -> None:
         """Take what is alive in a block into the step."""
-        if block.kind in (Kind.GROUPS, Kind.GROUP_DELTA) and block.number >= state.groups_block:
+        if block.kind in (Kind.GROUPS, Kind.GROUPS_PIECE, Kind.GROUP_DELTA) and block.number >= state.groups_block:
             if step.groups_after is None:
                 step.groups_after = self._engine.groups_with(state.groups, step.group_delta)
                 step.group_delta = b""
             return
+        if block.kind is Kind.EVIDENCE and block.records is not None:
+            step.evidence = np.concatenate([step.evidence, state.suspects.alive(block.records)])
         if block.kind is not Kind.USERS or block.records is None:
             return
         keys = block.records["key"].astype(np.uint64)

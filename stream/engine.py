@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from models.suspicion import EVIDENCE, Suspects
 from stream.records import BatchMetrics
 from stream.state import Arena, Records
 from stream.transport import Record, TopicPartition
@@ -35,6 +36,8 @@ class PartitionState:
         hidden_until, hidden_each: below this offset of the state log lie records of aborted transactions that nobody
             sees but the disk, and how long one of them is taken to be, bytes; `log_bytes` counts them.
         rewrite_below: blocks below this number may hold users that were to be forgotten; 0 = none do.
+        suspects: the side table of evidence.
+        parts: pieces of a group table that a restore has read so far.
     """
 
     arena: Arena
@@ -47,6 +50,8 @@ class PartitionState:
     rewrite_below: int = 0
     hidden_until: int = 0
     hidden_each: int = 0
+    suspects: Suspects = field(default_factory=Suspects)
+    parts: list[bytes] = field(default_factory=list)
 
     def hidden_bytes(self, gap: int, offset: int) -> int:
         """What `gap` offsets without a record before `offset` of the state log hide; one is a transaction's mark."""
@@ -74,6 +79,7 @@ class PartitionStep:
         records: the touched users' new records.
         group_delta: what the batch adds to the groups; empty if nothing.
         groups_after: at an epoch cut, the whole new table instead of a delta.
+        evidence: rows for the side table of evidence.
         gone: keys of users that are forgotten; none of them has a record in the step.
         erased: some of them by order: then older blocks are rewritten soon.
         next_block, groups_block, block_bytes: said by the commit: the number after the step's blocks, that of its whole
@@ -88,6 +94,7 @@ class PartitionStep:
     outputs: list[Output] = field(default_factory=list)
     group_delta: bytes = b""
     groups_after: Groups | None = None
+    evidence: Records = field(default_factory=lambda: np.zeros(0, EVIDENCE))
     gone: np.ndarray[Any, Any] | None = None
     erased: bool = False
     metrics: BatchMetrics | None = None
@@ -124,11 +131,15 @@ def merge(engine: Engine, state: PartitionState, step: PartitionStep) -> None:
     """Make a committed step the partition's state."""
     if step.gone is not None and len(step.gone):
         state.arena.remove(step.gone)
+        state.suspects.forget(step.gone)
         state.rewrite_below = state.next_block if step.erased else state.rewrite_below
     if len(step.records):
         state.arena.merge(step.records)
+    if len(step.evidence):
+        state.suspects.append(step.evidence)
     if step.groups_after is not None:
         state.groups = step.groups_after
+        state.suspects.trim()
     elif step.group_delta:
         engine.apply_group_delta(state.groups, step.group_delta)
     state.next_block = step.next_block or state.next_block

@@ -110,7 +110,7 @@ class Decoded:
         columns: the events; `user_row` is filled by the pipeline.
         user_key_B: 64-bit keyed hash of the user id.
         records: the input record of each event.
-        users, interests, event_ids: per event; names as sent.
+        users, interests, segments, event_ids: per event; names as sent.
         id_hash_B: hash of each event's id; 0 where it has none, or where `events.dedupe` is off.
         dead: refused records.
     """
@@ -120,6 +120,7 @@ class Decoded:
     records: list[Record]
     users: list[str]
     interests: list[str]
+    segments: list[str | None]
     event_ids: list[str | None]
     id_hash_B: np.ndarray[Any, Any]
     dead: list[tuple[Record, BadEvent]] = field(default_factory=list)
@@ -147,6 +148,7 @@ class Decoded:
             records=[self.records[i] for i in rows],
             users=[self.users[i] for i in rows],
             interests=[self.interests[i] for i in rows],
+            segments=[self.segments[i] for i in rows],
             event_ids=[self.event_ids[i] for i in rows],
             id_hash_B=self.id_hash_B[index],
             dead=self.dead,
@@ -177,6 +179,7 @@ class EventDecoder:
         self._interest_keys: dict[str, int] = {}
         self._item_keys: dict[str, int] = {}
         self._type_codes: dict[str, int] = {}
+        self._segment_codes: dict[str, int] = {}
 
     def decode(self, records: Sequence[Record]) -> Decoded:
         """Decode records of ONE partition. Never raises for what a record contains."""
@@ -284,6 +287,7 @@ class EventDecoder:
         interests = [e.interest for e in good]
         interest_B = np.array(self._cached(interests, self._interest_keys, interest_key), np.uint32)
         items = [i if type(i := e.item) is str or i is None else str(i) for e in good]
+        segments = [s if type(s := e.segment) is str or s is None else str(s) for e in good]
         types = [t if type(t := e.type) is str or t is None else str(t) for e in good]
         vector = None
         if self._settings.vector_length:
@@ -300,7 +304,7 @@ class EventDecoder:
             dwell_s=_numbers([e.dwell for e in good]),
             rating=_numbers([e.rating for e in good]),
             sentiment=_numbers([e.sentiment for e in good]),
-            segment=np.array([0 if e.segment is None else segment_code(str(e.segment)) for e in good], np.uint8),
+            segment=np.array(self._cached(segments, self._segment_codes, segment_code), np.uint8),
             vector=vector,
         )
         hash_key = self._hash_key
@@ -314,6 +318,7 @@ class EventDecoder:
             records=kept,
             users=users,
             interests=interests,
+            segments=segments,
             event_ids=event_ids,
             id_hash_B=id_hash_B,
             dead=dead,

@@ -56,6 +56,7 @@ _COUNTS = {
     "forecasts": "Forecasts published",
     "alerts": "Interest-shift alerts published",
     "new_users": "Users seen for the first time",
+    "suppressed": "Users' alarms not told because a surge explains most of their evidence",
     "monitored": "Events at which an alarm could have come, under calibrated thresholds",
     "alarms": "Alarms of users under calibrated thresholds",
     "expected_alarms": "Alarms that the requested rate gives for the monitored events",

@@ -4,7 +4,7 @@
            ──> GRU over the whole batch                                               one packed pass
            ──> score the forecasts made before the events (a share of users)
            ──> forecast where one is due
-           ──> alerts with their reasons
+           ──> alerts with their reasons; what surges for everybody is told once          stream/alerts.py
            ──> outputs, to be committed with the new records
 
 Everything that judges an event is computed from the record BEFORE it. What crosses users is frozen between epochs.
@@ -18,7 +18,6 @@ from heapq import merge
 from operator import attrgetter
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -26,8 +25,9 @@ from models.dedupe import first_sightings
 from models.features import EventColumns, type_name
 from models.forecaster import Forecaster
 from models.profile import USER, Advanced, EmissionSettings, Snapshot, advance, emission_names
-from models.shift import GroupTable, Reason, ShiftSettings, reasons
+from models.shift import GroupTable, ShiftSettings
 from stream import records as out
+from stream.alerts import Batch, Told, tell
 from stream.engine import Output, PartitionState, PartitionStep
 from stream.errors import BadEvent
 from stream.events import Decoded, EventDecoder, EventSettings, refuse
@@ -64,6 +64,7 @@ class PipelineSettings:
     partitions: int = 1
     bounds: Bounds = UNBOUNDED
     control: str = ""  # the topic of orders, which come with the events
+    topics: tuple[str, ...] = ("events",)
     first_epoch_records: int = 256
 
 
@@ -138,9 +139,11 @@ class Pipeline:
         steps = []
         for part in parts:
             span = slice(part.first_event, part.first_event + len(part.decoded))
-            metrics = self._score(part, hidden_before_BH[span])
-            outputs = self._forecasts(part, hidden_after_BH[span]) + self._alerts(part) + self._dead_letters(part)
-            steps.append(self._step(part, outputs, metrics))
+            forecasts = self._forecasts(part, hidden_after_BH[span])
+            told = self._alerts(part, forecasts)
+            outputs = [_output("forecasts", f) for f in forecasts] + told.outputs + self._dead_letters(part)
+            metrics = self._score(part, hidden_before_BH[span], told)
+            steps.append(self._step(part, outputs, metrics, told))
         return steps
 
     def _walk(self, state: PartitionState, partition: int, inputs: Mapping[TopicPartition, Sequence[Record]]) -> _Part:
@@ -226,7 +229,7 @@ class Pipeline:
             part.records["weights_version"] = self.forecaster.version
         return before_BH, after_BH
 
-    def _score(self, part: _Part, before_BH: Floats) -> BatchMetrics:
+    def _score(self, part: _Part, before_BH: Floats, told: Told) -> BatchMetrics:
         """How good the forecasts were that these events meet, beside the recency rule's, for a share of users."""
         snapshot, columns = part.advanced.before, part.decoded.columns
         if self._judge is not None and len(snapshot):
@@ -256,14 +259,15 @@ class Pipeline:
             late=part.late,
             duplicates=part.duplicates,
             forecasts=len(part.advanced.after),
-            alerts=len(part.advanced.alarmed),
+            alerts=len(told.outputs),
+            suppressed=told.suppressed,
             new_users=len(part.new_users),
             **misplaced(part.new_users, part.partition, self._settings.partitions),
             **_rates(part),
             **_quality(ours, rule, moves),
         )
 
-    def _forecasts(self, part: _Part, after_BH: Floats) -> list[Output]:
+    def _forecasts(self, part: _Part, after_BH: Floats) -> list[out.Forecast]:
         """The next n interests, for the events after which a forecast is due."""
         snapshot, settings = part.advanced.after, self._settings
         if not len(snapshot):
@@ -282,7 +286,7 @@ class Pipeline:
             np.round(type_share_EK, 4).tolist(),
             strict=True,
         )
-        outputs = []
+        forecasts = []
         for b, interests_NK, shares_NK, types_K, type_shares_K in rows:
             record = out.Forecast(
                 id=_id(part, b),
@@ -297,48 +301,26 @@ class Pipeline:
                 ],
                 next_types={type_name(t): p for t, p in zip(types_K, type_shares_K, strict=True)},
             )
-            outputs.append(_output("forecasts", part, b, record))
-        return outputs
+            forecasts.append(record)
+        return forecasts
 
-    def _alerts(self, part: _Part) -> list[Output]:
-        """Alarms, each with its reason."""
-        found = reasons(part.advanced, part.decoded.columns, part.state.groups, self._settings.shift)
-        name = self._namer(part)
-        return [_output("alerts", part, r.event, self._alert(part, r, name)) for r in found]
-
-    def _alert(self, part: _Part, reason: Reason, name: Callable[[int], str]) -> out.ShiftAlert:
-        b = reason.event
-        user = part.decoded.users[b]
-        rate = part.state.groups.rate()
-        return out.ShiftAlert(
-            id=_id(part, b),
-            user=user,
-            source=part.decoded.source(b),
-            shares={"user": 1.0, "segment": 0.0, "all": 0.0},
-            detected_at_ms=int(part.decoded.columns.time_ms[b]),
-            onset_ms=reason.onset_ms,
-            onset_events=reason.onset_events,
-            severity=round(reason.severity, 6),
-            confidence=round(reason.confidence, 3),
-            kind=reason.kind,
-            gained=[out.Contribution(name(i), c) for i, c in reason.gained],
-            lost=[out.Contribution(name(i), c) for i, c in reason.lost],
-            evidence=[
-                out.Evidence(interest=name(i), time_ms=t, ratio=round(z, 3), events_ago=ago)
-                for i, t, z, ago in reason.evidence
-            ],
-            before=[out.Candidate(name(i), round(p, 4)) for i, p in reason.before],
-            after=[out.Candidate(name(i), round(p, 4)) for i, p in reason.after],
-            threshold=round(reason.threshold, 3),
-            evidence_sum=round(reason.evidence_sum, 3),
-            calibrated=rate.calibrated,
-            false_alarm_events=round(rate.requested, 1),
-            measured_false_alarm_events=_rounded(rate.measured),
-            measured_interval=[_rounded(end) for end in rate.interval],
-            measured_alarms=rate.alarms,
-            weights_version=self.forecaster.version,
-            sentence=reason.sentence(name),
-            dedup_key=f"{user}/{reason.onset_ms}",
+    def _alerts(self, part: _Part, forecasts: list[out.Forecast]) -> Told:
+        """Alarms, each with its reason: stream/alerts.py."""
+        first = {f.source: f.steps[0].interests for f in forecasts if f.steps} if len(part.advanced.alarmed) else {}
+        alarmed = part.advanced.alarmed.event_E.tolist()
+        return tell(
+            Batch(
+                partition=part.partition,
+                decoded=part.decoded,
+                advanced=part.advanced,
+                groups=part.state.groups,
+                suspects=part.state.suspects,
+                settings=self._settings.shift,
+                weights_version=self.forecaster.version,
+                name=self._namer(part),
+                forecast={b: first[source] for b in alarmed if (source := part.decoded.source(b)) in first},
+                topics=self._settings.topics,
+            )
         )
 
     def _dead_letters(self, part: _Part) -> list[Output]:
@@ -351,11 +333,11 @@ class Pipeline:
             for record, error in part.decoded.dead
         ]
 
-    def _step(self, part: _Part, outputs: list[Output], metrics: BatchMetrics) -> PartitionStep:
+    def _step(self, part: _Part, outputs: list[Output], metrics: BatchMetrics, told: Told) -> PartitionStep:
         """Everything the batch does to the partition, and its sums as a record of their own."""
         state = part.state
         seen = state.seen + part.read
-        delta = state.groups.delta(part.decoded.columns, part.advanced, part.decoded.interest_names)
+        delta = state.groups.delta(part.decoded.columns, part.advanced, part.decoded.interest_names, told.pending)
         after = None
         touched = part.records["key"]
         erased = part.to_erase[(state.arena.block_of(part.to_erase) >= 0) | np.isin(part.to_erase, touched)]
@@ -373,6 +355,7 @@ class Pipeline:
             partition=part.partition,
             positions=part.positions,
             records=part.records[~np.isin(touched, gone)] if len(gone) else part.records,
+            evidence=told.evidence[~np.isin(told.evidence["key"], gone)] if len(gone) else told.evidence,
             gone=gone,
             erased=len(erased) > 0,
             seen=seen,
@@ -410,23 +393,15 @@ def _rates(part: _Part) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
-
-
 def _id(part: _Part, event: int) -> str:
     """Deterministic id of an output: where its input record lies."""
     record = part.decoded.records[event]
     return f"{record.topic}/{record.partition}/{record.offset}"
 
 
-def _output(stream: str, part: _Part, event: int, record: msgspec.Struct) -> Output:
-    """A record keyed by the event's user."""
-    return Output(
-        stream=stream,
-        key=part.decoded.users[event].encode(),
-        value=out.encode(record),
-    )
+def _output(stream: str, record: out.Forecast) -> Output:
+    """A record keyed by its user."""
+    return Output(stream=stream, key=record.user.encode(), value=out.encode(record))
 
 
 def _recency_rank(snapshot: Snapshot, target_E: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:

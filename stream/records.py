@@ -64,22 +64,29 @@ class Contribution(msgspec.Struct, frozen=True):
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """One event since the onset that speaks for the shift: its log-likelihood ratio, nats, and how many events ago."""
+    """One event since the onset that speaks for the shift: its log-likelihood ratio, nats, how many events ago, and
+    where it was read (topic/partition/offset; null where that is not known any more)."""
 
     interest: str
     time_ms: int
     ratio: float
     events_ago: int
+    event_id: str | None = None
 
 
 class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
     """Topic `alerts`, keyed by user: this user's interests have shifted, since when, and why we say so.
 
+    An alert on a segment or on all users has no key and an empty `user`; it is told by the owner of partition 0 alone.
+
     Attributes:
+        alert_id: what `driftline explain` takes; equal to `id`.
         scope: user, segment or all.
+        segment: whose interests have shifted, where the scope is a segment.
         shares: how much of the evidence is the user's own, the segment's and everybody's; adds up to 1.
         detected_at_ms, onset_ms: event times of the alarm and of the estimated start of the shift.
-        onset_events: the user's events since the onset, the source event included.
+        onset_events: the user's events since the onset, the source event included; of a surge, the steps of all
+            users, or of the segment's, to something new.
         severity: Jensen-Shannon divergence of the profiles before and after, 0..1 (base 2).
         confidence: log10 of the expected events between such alarms of a user whose interests do not shift.
         kind: abrupt, gradual or returning.
@@ -94,12 +101,16 @@ class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
         measured_interval: its interval of 95 % (Poisson); the upper end is None before the first alarm.
         measured_alarms: how many alarms that rests on.
         dedup_key: the same for repeated alerts on one shift.
-        suppressed_count: alerts that this one stands for.
+        forecast: the likeliest next interests, where a forecast was due at the event.
+        suppressed_count: users' alarms that were not told because a surge explains most of their evidence, in the
+            speaking partition since the surge told before.
     """
 
     schema: int = SCHEMA_VERSION
     id: str
+    alert_id: str = ""
     user: str
+    segment: str = ""
     source: Source
     scope: str = "user"
     shares: dict[str, float]
@@ -154,6 +165,7 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
         first_offset, next_offset: the input records covered, of the first input topic with records in this batch.
         time_ms: newest event time in the batch.
         records, events, dead_letters, late, duplicates, forecasts, alerts, new_users: counts.
+        suppressed: users' alarms that were not told because a surge explains most of their evidence.
         monitored, alarms: events at which an alarm could have come, and alarms, under calibrated thresholds only.
         expected_alarms: alarms that the requested rate gives for them; alarms / expected_alarms should be near 1.
         evicted, erased: users forgotten, by the bounds of state.ttl_h and state.bytes_max, and by order.
@@ -180,6 +192,7 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     forecasts: int = 0
     alerts: int = 0
     new_users: int = 0
+    suppressed: int = 0
     monitored: int = 0
     alarms: int = 0
     expected_alarms: float = 0.0

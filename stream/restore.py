@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from models.suspicion import EVIDENCE
 from stream import changelog
 from stream.changelog import Kind
 from stream.engine import Engine, PartitionState
@@ -128,10 +129,18 @@ def fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None:
         state.arena.merge(changelog.migrate(block.records, engine.dtype))
     elif block.kind in (Kind.TOMBSTONES, Kind.ERASED) and block.records is not None:
         state.arena.remove(block.records["key"].copy())
+        state.suspects.forget(block.records["key"].copy())
         state.rewrite_below = block.number if block.kind is Kind.ERASED else state.rewrite_below
+    elif block.kind is Kind.EVIDENCE and block.records is not None:
+        state.suspects.append(changelog.migrate(block.records, EVIDENCE))
+    elif block.kind is Kind.GROUPS_PIECE:
+        state.parts.append(block.payload)
     elif block.kind is Kind.GROUPS:
-        state.groups = engine.groups_from_snapshot(block.payload)
-        state.groups_block = block.number
+        pieces, state.parts = state.parts[-block.pieces :] if block.pieces else [], []
+        if len(pieces) == block.pieces:  # else the log begins in the middle of a table, and a newer one follows
+            state.groups = engine.groups_from_snapshot(b"".join([*pieces, block.payload]))
+            state.groups_block = block.number - block.pieces
+            state.suspects.trim()
     elif block.kind is Kind.GROUP_DELTA:
         engine.apply_group_delta(state.groups, block.payload)
     if block.kind is not Kind.BARRIER:
