@@ -18,6 +18,7 @@ from heapq import merge
 from operator import attrgetter
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
