@@ -105,7 +105,7 @@ def main() -> None:
         with open_events(
             given.file, Mapping.parse(given.columns), FileForm(time_unit=given.time_unit, sort=True)
         ) as source:
-            records = list(read_stream(source).records)
+            records = list(read_stream(source, plain_events(load(None, tuple(given.sets)).config)).records)
     metrics, alerts = through(records, tuple(given.sets), given.batch)
     if given.alerts:
         Path(given.alerts).write_bytes(b"\n".join(orjson.dumps(msgspec.to_builtins(a)) for a in alerts) + b"\n")

@@ -121,7 +121,7 @@ class Cleaner:
 
     def is_too_long(self, state: PartitionState) -> bool:
         """Whether the log would be cleaned by the next step; so it is after a crash loop that never committed one."""
-        live_bytes = len(state.arena) * state.arena.dtype.itemsize
+        live_bytes = len(state.arena) * state.arena.dtype.itemsize + state.suspects.nbytes
         return state.log_bytes > max(self._log_bytes_min, self._factor * live_bytes)
 
     def void(self, partition: int) -> None:
