@@ -407,6 +407,9 @@ class World:
 
     def judge(self) -> None:
         """I1 to I4 and I9 at the end, with a last worker that has read the changelog."""
+        for actor in list(self.actors):  # a zombie that has not polled since it lost its share hears of it now
+            if actor.worker is not None and not actor.dead:
+                self._as(actor, "turn", actor.worker.turn)
         living = {a.name: a.worker for a in self.actors if a.worker is not None and not a.dead}
         reader = self.log.reader()
         inputs: list[Record] = list(read_all(reader, "events", self.partitions, 0.0))
