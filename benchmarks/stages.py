@@ -51,6 +51,8 @@ def stages_us(events: int = 700_000, users: int = 100_000, warm: int = 500_000) 
 
     Warm: until then most users are new, and a new user always gets a forecast.
     """
+    if events <= warm:
+        raise SystemExit(f"--events {events}: {warm} events are for warming up; take more")
     torch.set_num_threads(1)
     work = workload(events, users=users)
     records = [
