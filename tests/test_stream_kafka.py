@@ -432,11 +432,13 @@ def _raw_commit(log: KafkaLog, transactional_id: str, offsets: dict[TopicPartiti
 
     producer = log.producer(transactional_id=transactional_id)
     client = producer._client
-    client.begin_transaction()
-    places = {ClientPartition(*tp): OffsetAndMetadata(offset, "", -1) for tp, offset in offsets.items()}
-    client.send_offsets_to_transaction(places, group)
-    client.commit_transaction()
-    producer.close()
+    try:
+        client.begin_transaction()
+        places = {ClientPartition(*tp): OffsetAndMetadata(offset, "", -1) for tp, offset in offsets.items()}
+        client.send_offsets_to_transaction(places, group)
+        client.commit_transaction()
+    finally:
+        producer.close()
 
 
 @pytest.mark.kafka
@@ -453,10 +455,12 @@ def test_the_three_holes_of_the_brokers_fence(log: KafkaLog, topic: str) -> None
     stale = first.poll(0.1, 10).group
     second = log.consumer(group=group, topics=[topic])
     gained: list[TopicPartition] = []
+    current, quiet = stale, 0
     for _ in range(POLLS_MAX):
-        current = first.poll(0.02, 10).group
+        before, current = current, first.poll(0.02, 10).group
         gained += second.poll(0.02, 10).assigned
-        if gained:
+        quiet = quiet + 1 if gained and current == before else 0
+        if quiet == 20:  # the second round of the rebalance is over too
             break
     assert len(gained) == 1
     with pytest.raises(Exception, match=r"IllegalGeneration|CommitFailed|Rebalance"):  # the fence that does hold
