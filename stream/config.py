@@ -147,7 +147,9 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             pattern=NAME_PATTERN,
         ),
     ] = "0"
-    batch_events_max: Annotated[int, Meta(description="events in one transaction, at most", ge=1, le=1_000_000)] = 4_096
+    batch_events_max: Annotated[int, Meta(description="events in one transaction, at most", ge=1, le=1_000_000)] = (
+        16_384
+    )
     batch_bytes_max: Annotated[
         int, Meta(description="bytes of input records held in memory, at most", ge=1_048_576)
     ] = 67_108_864
