@@ -26,7 +26,7 @@ from stream import changelog
 from stream.changelog import Block, Kind
 from stream.engine import Engine, PartitionState, PartitionStep
 from stream.errors import Retryable
-from stream.transport import Admin, LogReader, TopicPartition
+from stream.transport import Admin, LogReader, TopicPartition, close_all
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +134,7 @@ class Cleaner:
         self._heads.pop(partition, None)
 
     def close(self) -> None:
-        self._reader.close()
-        self._admin.close()
+        close_all(self._reader, self._admin)
 
     def _next(self, state: PartitionState, partition: int, head: _Head) -> tuple[int, int, Block] | None:
         """The oldest block not looked at yet."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +26,16 @@ from stream.errors import ConfigError, LostPosition, Rebalanced, Retryable
 from stream.events import Decoded, EventDecoder
 from stream.orders import Erasures
 from stream.start import EARLIEST, Start
-from stream.transport import GroupConsumer, LogReader, Position, Producer, Record, TopicPartition, Transport
+from stream.transport import (
+    GroupConsumer,
+    LogReader,
+    Position,
+    Producer,
+    Record,
+    TopicPartition,
+    Transport,
+    close_all,
+)
 
 log = logging.getLogger(__name__)
 
@@ -124,17 +134,27 @@ class LearnerLoop:
         self._publishing = False
         self._next_lag_s = self._next_orders_s = 0.0
         self._lag_records = 0
-        self._producer: Producer = transport.producer(transactional_id=self._id)
-        self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset="none")
-        self._feed = weights.WeightsFeed(transport.reader(), topics.weights, kinds=weights.KINDS)
+        with ExitStack() as opened:  # a later one may be refused: then those before it are closed
+            if erasures is not None:
+                opened.callback(close_all, erasures)
+            self._producer: Producer = transport.producer(transactional_id=self._id)
+            opened.callback(close_all, self._producer)
+            self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset="none")
+            opened.callback(close_all, self._consumer)
+            self._feed = weights.WeightsFeed(transport.reader(), topics.weights, kinds=weights.KINDS)
+            opened.pop_all()
         self._snapshots: list[weights.Snapshot] = []
         self._group: object = None
         self._last_publish_s = clock()
         self.model: LearnerModel
         try:
-            self.model = self._load()
-        except Retryable as error:
-            self._start_over(error)
+            try:
+                self.model = self._load()
+            except Retryable as error:
+                self._start_over(error)
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------------ the loop
 
@@ -172,11 +192,9 @@ class LearnerLoop:
 
     def close(self) -> None:
         """Leave the group. Idempotent."""
-        self._consumer.close()
-        self._producer.close()
-        self._feed.close()
+        close_all(self._consumer, self._producer, self._feed)
         if self._erasures is not None:
-            self._erasures.close()
+            close_all(self._erasures)
 
     def _abort(self) -> None:
         """Close the transaction that a rebalance made void, if one is open."""
@@ -393,8 +411,7 @@ class LearnerLoop:
                 error = again
 
     def _connect(self, *, keep_producer: bool) -> None:
-        self._consumer.close()
-        self._feed.close()
+        close_all(self._consumer, self._feed)
         self._positions.clear()
         self._dirty = False
         self._snapshots.clear()

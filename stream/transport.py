@@ -18,8 +18,11 @@ latest), Corrupt, ConfigError (a missing topic or partition, no right to it, a p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+from stream.errors import DriftlineError
 
 
 class TopicPartition(NamedTuple):
@@ -204,3 +207,16 @@ class Transport(Protocol):
         """Append (key, value, timestamp_ms) in bulk outside any transaction, acknowledged on return; the count."""
 
     def close(self) -> None: ...
+
+
+class Closeable(Protocol):
+    """What holds connections or files until it is closed."""
+
+    def close(self) -> None: ...
+
+
+def close_all(*parts: Closeable) -> None:
+    """Close every part, whatever one of them meets: a log that is away or refuses us notices that we are gone."""
+    for part in parts:
+        with suppress(DriftlineError):
+            part.close()

@@ -28,7 +28,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,7 +46,7 @@ from stream.orders import due
 from stream.restore import restore
 from stream.start import EARLIEST, Start
 from stream.state import Records
-from stream.transport import GroupConsumer, Polled, Position, Producer, Record, TopicPartition, Transport
+from stream.transport import GroupConsumer, Polled, Position, Producer, Record, TopicPartition, Transport, close_all
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,9 @@ class WeightsSource(Protocol):
 
     def swap(self, at_least: int = 0) -> None:
         """Load the newest weights into the engine if there are newer ones; wait (bounded) for version `at_least`."""
+
+    def close(self) -> None:
+        """Let go of the log; the worker does it when it closes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,14 +141,6 @@ class Worker:
         )
         self.states: dict[int, PartitionState] = {}
         self._restoring: dict[int, _Restoring] = {}
-        self._cleaner = Cleaner(
-            engine=parts.engine,
-            reader=parts.transport.reader(),
-            admin=parts.transport.admin(),
-            topic=parts.topics.state,
-            factor=parts.cleaning_factor,
-            log_bytes_min=parts.log_bytes_min,
-        )
         self._pool = parts.executor or ThreadPoolExecutor(1, "restore")
         self._poison: deque[tuple[int, int]] = deque()  # (records, dead) by batch
         self._pending: Inputs = {}  # gathered, not committed yet
@@ -153,11 +148,25 @@ class Worker:
         self._stop: threading.Event | None = None
         self._group: object = None  # proof of the last poll
         self._next_look_s = 0.0
-        self._producer: Producer = parts.transport.producer(transactional_id=self._id)
-        self._consumer: GroupConsumer = parts.transport.consumer(
-            group=parts.app, topics=parts.topics.inputs, reset="none"
-        )
-        self._reader = parts.transport.reader()
+        with ExitStack() as opened:  # a later one may be refused: then those before it are closed
+            opened.callback(close_all, parts.weights)
+            self._cleaner = Cleaner(
+                engine=parts.engine,
+                reader=parts.transport.reader(),
+                admin=parts.transport.admin(),
+                topic=parts.topics.state,
+                factor=parts.cleaning_factor,
+                log_bytes_min=parts.log_bytes_min,
+            )
+            opened.callback(close_all, self._cleaner)
+            self._producer: Producer = parts.transport.producer(transactional_id=self._id)
+            opened.callback(close_all, self._producer)
+            self._consumer: GroupConsumer = parts.transport.consumer(
+                group=parts.app, topics=parts.topics.inputs, reset="none"
+            )
+            opened.callback(close_all, self._consumer)
+            self._reader = parts.transport.reader()
+            opened.pop_all()
         self._at: dict[TopicPartition, int] = {}  # where each partition that we run stands, by what is committed
         self._waiting: dict[TopicPartition, Record] = {}  # orders whose time has not come; their partitions are paused
         self._overlong: set[int] = set()  # partitions taken over with a state log that is too long
@@ -222,9 +231,7 @@ class Worker:
         """Leave the group and end the helper thread. Idempotent."""
         for restoring in self._restoring.values():
             restoring.cancelled.set()
-        for part in (self._consumer, self._producer, self._cleaner, self._reader):
-            with suppress(Retryable):  # the log is away: it will notice by itself that we are gone
-                part.close()
+        close_all(self._consumer, self._producer, self._cleaner, self._reader, self._parts.weights)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # ------------------------------------------------------------------ gathering

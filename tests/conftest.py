@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +15,31 @@ from stream.transport import Transport
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let two warnings of the Kafka client pass, and no more.
-
-    It reads its schemas by a deprecated call of the standard library. And it leaves the socket of a refused connection to the
-    garbage collector, which may come by during any later test: such a socket is known by its local address, which is still
-    the wildcard. One that was connected has a real local address, so a client that a test of ours leaves open is still an error.
-    """
+    """Let one warning of the Kafka client pass: it reads its schemas by a deprecated call of the standard library."""
     config.addinivalue_line("filterwarnings", "ignore:(read_text|open_text|contents) is deprecated:DeprecationWarning")
-    config.addinivalue_line("filterwarnings", r"ignore:unclosed <socket.*laddr=\('(0\.0\.0\.0|::)', \d+.*\)>$:ResourceWarning")
 
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")
+
+
+@pytest.fixture(autouse=True)
+def clients_are_closed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whoever opens a client of Kafka closes it: one left open would go on and disturb later tests."""
+    before = _client_threads()
+    yield
+    if request.node.get_closest_marker("kafka") is None:
+        return
+    give_up_s = time.monotonic() + 5.0
+    while left := _client_threads() - before:
+        if time.monotonic() > give_up_s:
+            pytest.fail(f"clients were left open: {sorted(thread.name for thread in left)}", pytrace=False)
+        time.sleep(0.02)
+
+
+def _client_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("kafka-")}
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,8 @@ class NoWeights:
     def swap(self, at_least: int = 0) -> None:
         assert at_least == 0
 
+    def close(self) -> None: ...
+
 
 class Counting:
     """Counts what a worker reports, so that a test can prove that its fault bit."""

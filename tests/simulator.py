@@ -102,6 +102,8 @@ class Versions:
         if at_least > self._engine.weights_version or self._world.rng.random() < 0.2:
             self._engine.weights_version = self._world.published
 
+    def close(self) -> None: ...
+
 
 @dataclass(eq=False)
 class Actor:
