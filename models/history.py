@@ -117,6 +117,7 @@ class History:
             events_E=np.zeros(capacity, np.uint32),
             last_time_ms_E=np.zeros(capacity, np.int64),
             aggregates_EA=np.zeros((capacity, AGGREGATE_COUNT), np.float32),
+            held_E=np.zeros(capacity, np.uint16),
         )
 
     @property

@@ -101,6 +101,7 @@ class Snapshot:
             used. The gap is the code of the record (`gap_seconds`), the type is without flags.
         slow_interest_EP, slow_share_EP: the slow profile in no order, 0 padded; weight / total weight.
         slow_total_E: decayed count of all events learned.
+        held_E: bit i is set where the i-th newest event has not entered the slow profile.
     """
 
     event_E: I64
@@ -113,6 +114,7 @@ class Snapshot:
     events_E: U32
     last_time_ms_E: I64
     aggregates_EA: F32
+    held_E: npt.NDArray[np.uint16]
 
     def __len__(self) -> int:
         return len(self.event_E)
@@ -321,6 +323,7 @@ def _room(count: int) -> Room:
         events_E=np.empty(count, np.uint32),
         last_time_ms_E=np.empty(count, np.int64),
         aggregates_EA=np.empty((count, AGGREGATE_COUNT), np.float32),
+        held_E=np.empty(count, np.uint16),
     )
 
 

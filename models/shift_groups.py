@@ -6,7 +6,7 @@ and is applied after the commit. The frozen part changes at epoch cuts only, by 
 
     snapshot  zlib of msgpack: every array, names, the rule
     delta     msgpack of (keys, counts, new names, tally places and counts, events of shadow users, first and newest
-              event time), little endian
+              event time, surges, what became of alerts), little endian
     shadow    users whose keyed hash lies under a limit that halves when their histories outgrow the budget; their
               events are kept (interest, time) so that a cut can replay them: see models/shift_calibration.py
 """
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.features import U8, U32, U64
+from models.followup import FollowUp, FollowUpSnapshot
 from models.index import KeyIndex
 from models.shift_rate import AlarmRate, Traffic
 from models.shift_rule import AGES, Rule, fixed_rule
@@ -42,7 +43,7 @@ _SHADOW_ALL = np.uint64(1 << SHADOW_BITS)
 _UNSEEN = 0.5  # pseudo-count of an interest never seen
 _UNSEEN_INTERESTS = 1_000  # how many of them there may be
 _SEGMENT_PRIOR = 200.0  # events' worth of everybody's shares in a segment's shares
-_FORMAT = 4
+_FORMAT = 5
 _ONE_INTEREST = np.uint64(1 << 32)  # keys below are of all users, above of a segment
 
 
@@ -115,6 +116,7 @@ class _Delta(msgspec.Struct, array_like=True):
     newest_ms: int
     surges: SurgesDelta | None
     suppressed: int
+    followup: bytes
 
 
 class _Snapshot(msgspec.Struct, array_like=True):
@@ -136,6 +138,7 @@ class _Snapshot(msgspec.Struct, array_like=True):
     newest_ms: int
     surges: SurgesSnapshot
     suppressed: int
+    followup: FollowUpSnapshot
 
 
 class GroupTable:
@@ -174,6 +177,7 @@ class GroupTable:
         self.shadow_limit = _SHADOW_ALL
         self.surges = Surges()
         self.suppressed = 0  # users' alarms since the last surge was told
+        self.followup = FollowUp()
         self.traffic = Traffic()  # frozen: up to the last cut
         self._first_ms = 0  # of the partition's first event
         self._newest_ms = 0
@@ -231,12 +235,18 @@ class GroupTable:
     # ------------------------------------------------------------------ what a batch adds
 
     def delta(
-        self, events: EventColumns, advanced: Advanced, names: Mapping[int, str], suppressed: int | None = None
+        self,
+        events: EventColumns,
+        advanced: Advanced,
+        names: Mapping[int, str],
+        suppressed: int | None = None,
+        followup: bytes = b"",
     ) -> bytes:
         """What a batch adds to this table; the table itself stays as it is. Empty if there were no events.
 
         Args:
             suppressed: alarms suppressed since the last surge was told, as of now; None: as before.
+            followup: what the batch adds to what became of alerts (models/followup.py).
         """
         if not len(events):
             return b""
@@ -261,6 +271,7 @@ class GroupTable:
                 int(events.time_ms.max()),
                 None if advanced.crowd is None else self.surges.delta(advanced.crowd_keys_K, advanced.crowd),
                 self.suppressed if suppressed is None else suppressed,
+                followup,
             )
         )
 
@@ -283,6 +294,8 @@ class GroupTable:
         self._first_ms = self._first_ms or delta.first_ms
         self._newest_ms = max(self._newest_ms, delta.newest_ms)
         self.suppressed = delta.suppressed
+        if delta.followup:
+            self.followup.apply(delta.followup)
         if delta.surges is not None:
             changed = np.frombuffer(delta.surges.keys, "<u8").astype(np.uint64)
             self.surges.apply(delta.surges, self._index.find(changed))
@@ -296,12 +309,15 @@ class GroupTable:
         self._index.insert(keys, np.arange(first, first + len(keys), dtype=np.int32))
 
     def knows(self, user_keys: U64) -> bool:
-        """Whether a history of one of these users may be kept here for calibration."""
-        return bool(np.any((user_keys >> np.uint64(64 - SHADOW_BITS)) < self.shadow_limit))
+        """Whether a history of one of these users may be kept here, for calibration or to judge an alert."""
+        return self.followup.knows(user_keys) or bool(
+            np.any((user_keys >> np.uint64(64 - SHADOW_BITS)) < self.shadow_limit)
+        )
 
     def erase(self, user_keys: U64) -> None:
         """Drop the histories of these users."""
         self.shadow = self.shadow.keep(~np.isin(self.shadow.key, user_keys))
+        self.followup.forget(user_keys)
 
     # ------------------------------------------------------------------ epochs
 
@@ -324,7 +340,7 @@ class GroupTable:
         kept = kept[np.argsort(self._keys[kept])]  # the same table whatever the order in which interests came
         table._append(self._keys[kept])
         table._weight = weight[kept]
-        table.suppressed = self.suppressed
+        table.suppressed, table.followup = self.suppressed, self.followup.cut()
         table.surges = self.surges.cut(kept, table._keys, settings.population_half_life_events)
         table._recount()
         interests = set(table._keys[table._keys < _ONE_INTEREST].tolist())
@@ -376,6 +392,7 @@ class GroupTable:
                     self._newest_ms,
                     self.surges.dump(),
                     self.suppressed,
+                    self.followup.dump(),
                 )
             ),
             1,
@@ -405,5 +422,6 @@ class GroupTable:
         table.shadow_limit, table.shadow = np.uint64(saved.shadow_limit), Shadow.load(saved.shadow)
         table.traffic, table._first_ms, table._newest_ms = saved.traffic, saved.first_ms, saved.newest_ms
         table.surges, table.suppressed = Surges.load(saved.surges, table._keys), saved.suppressed
+        table.followup = FollowUp.load(saved.followup)
         table._recount()
         return table

@@ -232,6 +232,7 @@ class Room(NamedTuple):
     events_E: Any
     last_time_ms_E: Any
     aggregates_EA: Any
+    held_E: Any
 
 
 class Parameters(NamedTuple):
@@ -336,10 +337,12 @@ def _aggregate(user: Any, out_A: Any) -> None:
 def _keep(user: Any, event: int, room: Any, e: int) -> None:
     """Write the record of user `u` as snapshot `e`."""
     events = int(user.events)
+    held = 0
     room.event_E[e] = event
     for i in range(RING):
         if i < events:
             slot = (events - 1 - i) & _LAST
+            held |= (1 << i) * (user.ring_type[slot] & HELD > 0)
             room.ring_interest_ER[e, i] = user.ring_interest[slot]
             room.ring_gap_ER[e, i] = user.ring_gap[slot]
             room.ring_type_ER[e, i] = user.ring_type[slot] & TYPE_MASK
@@ -354,6 +357,7 @@ def _keep(user: Any, event: int, room: Any, e: int) -> None:
     room.slow_total_E[e] = user.slow_total
     room.events_E[e] = user.events
     room.last_time_ms_E[e] = user.last_time_ms
+    room.held_E[e] = held
     _aggregate(user, room.aggregates_EA[e])
 
 

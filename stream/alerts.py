@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
+from models.features import I64, U8, U64
 from models.profile import Advanced
 from models.shift import Reason, ShiftSettings, day_of, divergence_parts, reasons
 from models.shift_groups import GroupTable
@@ -20,12 +22,14 @@ from models.surges import Surge
 from models.suspicion import Rows, Suspects, rows_of, shares_of
 from models.walk import AGE_EDGES
 from stream import records as out
+from stream.confirming import Allowed, Following, judged_by_age, verdict_outputs
 from stream.engine import Output
 from stream.events import Decoded
 
 OWN_SHARE_MIN = 0.5
 SPEAKER = 0  # the partition whose owner speaks for all users and for segments
 _ROUND = 6
+Places = tuple[I64, U8]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,12 +41,21 @@ class Told:
         evidence: rows for the side table.
         suppressed: users' alarms that surges explain.
         pending: suppressed since the last surge was told, this batch included; goes with the group table.
+        notices: alerts for which the day's budget had no room.
+        followup: what the batch adds to what became of alerts; goes with the group table too.
+        started_keys: users whose trials began.
+        judged: trials that are over, by age of the user.
     """
 
     outputs: list[Output] = field(default_factory=list)
     evidence: Rows
     suppressed: int = 0
     pending: int = 0
+    alerts: int = 0
+    notices: int = 0
+    followup: bytes = b""
+    started_keys: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
+    judged: list[out.JudgedGroup] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +65,9 @@ class Batch:
     Attributes:
         forecast: by event, the likeliest next interests, where a forecast was due.
         topics: the input topics, for the ids of events.
+        moment_B: the events that are random moments.
+        where: offset of each event's record, and the number of its topic.
+        allowed: how many alerts of a day people may see; None: all.
     """
 
     partition: int
@@ -64,6 +80,18 @@ class Batch:
     name: Callable[[int], str]
     forecast: Mapping[int, list[out.Candidate]]
     topics: tuple[str, ...]
+    moment_B: npt.NDArray[np.bool_]
+    where: Places
+    allowed: Allowed | None = None
+
+
+def places(decoded: Decoded, topics: tuple[str, ...]) -> Places:
+    """Offset of each event's record, and the number of its topic."""
+    number = {name: i for i, name in enumerate(topics)}
+    return (
+        np.array([r.offset for r in decoded.records], np.int64),
+        np.array([number.get(r.topic, 0) for r in decoded.records], np.uint8),
+    )
 
 
 def tell(batch: Batch) -> Told:
@@ -86,9 +114,15 @@ def tell(batch: Batch) -> Told:
         if reason.event in shares
     }
     surges = {surge.event: surge for surge in advanced.surges}
-    for event in sorted({*advanced.alarmed.event_E.tolist(), *surges}):
+    following = Following(batch.groups, decoded, advanced, batch.settings, batch.where)
+    moments = {e: row for row, e in enumerate(advanced.before.event_E.tolist()) if batch.moment_B[e]}
+    for event in sorted({*advanced.alarmed.event_E.tolist(), *surges, *moments}):
+        if event in moments:
+            following.moment(event, moments[event])
         if event in found:
-            told.outputs.append(_output(batch, event, _user_alert(batch, found[event], shares[event])))
+            alert = _user_alert(batch, found[event], shares[event], following)
+            told.notices += alert.tier == out.NOTICE
+            told.outputs.append(_output(batch, event, alert))
         elif event in since:
             told.suppressed += 1
             told.pending += 1
@@ -99,6 +133,11 @@ def tell(batch: Batch) -> Told:
                 alert = _surge_alert(batch, surges[event], told.pending)
                 told.outputs.append(Output(stream="alerts", key=None, value=out.encode(alert)))
             told.pending = 0
+    told.alerts = len(told.outputs)
+    done = following.done()
+    told.outputs += verdict_outputs(done, decoded, batch.partition, batch.topics)
+    told.followup, told.judged = batch.groups.followup.delta(done), judged_by_age(done)
+    told.started_keys = following.started_keys()
     return told
 
 
@@ -115,17 +154,15 @@ class _RowsByUser:
 
 
 def _rows(batch: Batch) -> Rows:
-    records = batch.decoded.records
-    topic = {name: i for i, name in enumerate(batch.topics)}
-    place_B = np.array([r.offset for r in records], np.int64)
-    topic_B = np.array([topic.get(r.topic, 0) for r in records], np.int64)
-    return rows_of(batch.advanced, batch.decoded.columns, batch.decoded.user_key_B, place_B, topic_B)
+    place_B, topic_B = batch.where
+    return rows_of(batch.advanced, batch.decoded.columns, batch.decoded.user_key_B, place_B, topic_B.astype(np.int64))
 
 
-def _user_alert(batch: Batch, reason: Reason, shares: dict[str, float]) -> out.ShiftAlert:
+def _user_alert(batch: Batch, reason: Reason, shares: dict[str, float], following: Following) -> out.ShiftAlert:
     b, name, decoded = reason.event, batch.name, batch.decoded
     user, source = decoded.users[b], decoded.source(b)
     rate = batch.groups.rate()
+    confidence = _confidence(reason, batch.groups)
     identity = f"{source.topic}/{source.partition}/{source.offset}"
     return out.ShiftAlert(
         id=identity,
@@ -138,7 +175,8 @@ def _user_alert(batch: Batch, reason: Reason, shares: dict[str, float]) -> out.S
         onset_ms=reason.onset_ms,
         onset_events=reason.onset_events,
         severity=round(reason.severity, _ROUND),
-        confidence=round(reason.confidence, 3),
+        confidence=round(confidence, 3),
+        **following.alert(b, reason.severity, confidence, batch.allowed),
         kind=reason.kind,
         gained=[out.Contribution(name(i), c) for i, c in reason.gained],
         lost=[out.Contribution(name(i), c) for i, c in reason.lost],
@@ -157,6 +195,15 @@ def _user_alert(batch: Batch, reason: Reason, shares: dict[str, float]) -> out.S
         sentence=reason.sentence(name),
         dedup_key=f"{user}/{reason.onset_ms}",
     )
+
+
+def _confidence(reason: Reason, groups: GroupTable) -> float:
+    """Log10 of the events between such alarms without a shift: by the calibrated rate and tail where there are some."""
+    rate = groups.rate()
+    if not rate.calibrated:
+        return reason.confidence
+    above = groups.rule.tail * (reason.evidence_sum - reason.threshold)
+    return math.log10(rate.requested) + max(0.0, above) / math.log(10.0)
 
 
 def _evidence(batch: Batch, said: tuple[int, int, float, int, tuple[int, int] | None]) -> out.Evidence:

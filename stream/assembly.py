@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS_CHECK_S = 0.5
 WEIGHTS_WAIT_S = 5.0  # the worker does not poll meanwhile: stay well below a lease; it tries again, bounded
-OUTPUTS = ("forecasts", "alerts", "warnings", "dead_letters", "metrics")
+OUTPUTS = ("forecasts", "alerts", "verdicts", "warnings", "dead_letters", "metrics")
 HASH_KEY_BYTES_MAX = 64  # of the keyed hash, blake2b
 MESSAGE_BYTES_MIN = 1_048_588  # Kafka's default; a block or a chunk of weights must fit
 
@@ -192,6 +192,7 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
         quality_share=config.worker.quality_share if quality_share is None else quality_share,
         epoch_records=config.worker.epoch_events,
         topics=tuple(config.topics.events),
+        daily_budget=config.alerts.daily_budget,
         partitions=config.topics.partitions,
         bounds=Bounds(
             ttl_ms=int(config.state.ttl_h * 3_600_000),

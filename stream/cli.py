@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES: dict[type[DriftlineError], int] = {ConfigError: 2, Fenced: 3, Corrupt: 4, Retryable: 5, DriftlineError: 1}
 
+PAGE_ALERTS_MAX = 10  # of a user, on a page
+
 log = logging.getLogger("stream.cli")
 app = typer.Typer(
     name="driftline",
@@ -565,6 +567,7 @@ def user(
     given: Given,
     user_id: Annotated[str, typer.Argument(metavar="ID", help="The user id, as it stands in the events.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the user's alerts and their plots.")] = None,
 ) -> None:
     """What is known of one user: recent and usual interests, evidence of a shift, newest forecast, alerts.
 
@@ -573,13 +576,48 @@ def user(
     import msgspec
 
     from stream.assembly import make_decoder
+    from stream.explain import explanation, write_page
     from stream.portrait import in_lines, portrait
     from stream.tail import printable
 
     config = given.load().config
     log_to(config.app, "user")
     with _opened(config, existing=True) as transport:
-        told = portrait(transport, config, make_decoder(config), user_id)
+        decoder = make_decoder(config)
+        told = portrait(transport, config, decoder, user_id)
+        if html is not None:
+            newest = [explanation(transport, config, decoder, a.alert_id) for a in told.alerts[-PAGE_ALERTS_MAX:]]
+            write_page(html, newest, f"User {user_id}")
+    if as_json:
+        print(msgspec.json.encode(told).decode())
+        return
+    for line in in_lines(told):
+        print(printable(line))
+
+
+@command(app)
+def explain(
+    given: Given,
+    alert_id: Annotated[str, typer.Argument(metavar="ALERT_ID", help="As it stands in the alert: topic/3/1381.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots that needs no network.")] = None,
+) -> None:
+    """Why an alert was raised: what came, what went, how sure that is, the events around it, and whether it held.
+
+    Example: driftline explain events/3/1381 --html alert.html
+    """
+    import msgspec
+
+    from stream.assembly import make_decoder
+    from stream.explain import explanation, in_lines, write_page
+    from stream.tail import printable
+
+    config = given.load().config
+    log_to(config.app, "explain")
+    with _opened(config, existing=True) as transport:
+        told = explanation(transport, config, make_decoder(config), alert_id)
+    if html is not None:
+        write_page(html, [told], f"Alert {alert_id}")
     if as_json:
         print(msgspec.json.encode(told).decode())
         return

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from models.profile import EmissionSettings
+from models.ranking import AlertSettings
 from models.settings import LearningSettings, NetworkSettings
 from models.shift import ShiftSettings
 from stream.errors import ConfigError
@@ -112,6 +113,9 @@ class TopicSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = msgspec.field(default_factory=lambda: ["events"])
     forecasts: Annotated[str, Meta(description="forecasts of the next interests", pattern=NAME_PATTERN)] = "forecasts"
     alerts: Annotated[str, Meta(description="interest-shift alerts", pattern=NAME_PATTERN)] = "alerts"
+    verdicts: Annotated[
+        str, Meta(description="whether users' next events confirm the alerts on them", pattern=NAME_PATTERN)
+    ] = "verdicts"
     warnings: Annotated[str, Meta(description="risk warnings", pattern=NAME_PATTERN)] = "warnings"
     dead_letters: Annotated[str, Meta(description="records that cannot be used", pattern=NAME_PATTERN)] = "dead-letters"
     metrics: Annotated[str, Meta(description="counts and quality of each transaction", pattern=NAME_PATTERN)] = (
@@ -297,6 +301,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state: StateSettings = StateSettings()
     forecast: ForecastSettings = ForecastSettings()
     shift: ShiftSettings = ShiftSettings()
+    alerts: AlertSettings = AlertSettings()
     network: NetworkSettings = NetworkSettings()
     learning: LearningSettings = LearningSettings()
     learner: LearnerSettings = LearnerSettings()
@@ -310,6 +315,7 @@ def topic_names(config: Config) -> dict[str, str]:
         for role in (
             "forecasts",
             "alerts",
+            "verdicts",
             "warnings",
             "dead_letters",
             "metrics",

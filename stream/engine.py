@@ -60,7 +60,8 @@ class PartitionState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """A record for an output topic; `stream` is forecasts, alerts, warnings, dead_letters or metrics.
+    """A record for an output topic; `stream` is forecasts, alerts, verdicts, warnings, dead_letters or
+    metrics.
 
     Its timestamp is the moment of sending: a log deletes by it, and an output with the event's own time would be gone
     at once when old events are replayed. Event times are in the values.

@@ -57,6 +57,7 @@ _COUNTS = {
     "alerts": "Interest-shift alerts published",
     "new_users": "Users seen for the first time",
     "suppressed": "Users' alarms not told because a surge explains most of their evidence",
+    "notices": "Alerts for which the daily budget (alerts.daily_budget) had no room",
     "monitored": "Events at which an alarm could have come, under calibrated thresholds",
     "alarms": "Alarms of users under calibrated thresholds",
     "expected_alarms": "Alarms that the requested rate gives for the monitored events",
@@ -201,6 +202,18 @@ class WorkerMetrics:
             "Monitored events between alarms since this worker started: requested, measured, and the 95 % interval of "
             "the measured (low, high)", ["what"], registry=registry,
         )  # fmt: skip
+        self._judged = Counter(
+            "driftline_judged", "Alerts, and random moments beside them, whose users had 30 more events, by age of the "
+            "user in events", ["what", "age"], registry=registry,
+        )  # fmt: skip
+        self._confirmed = Counter(
+            "driftline_confirmed", "Those of them that the 30 events confirmed", ["what", "age"], registry=registry
+        )
+        self._confirmed_share = Gauge(
+            "driftline_confirmed_share", "Share of them since this worker started, by age and of all; "
+            "gain = alerts less moments, of all weighted by the ages of the alerts", ["what", "age"], registry=registry,
+        )  # fmt: skip
+        self._by_age: dict[str, list[int]] = {}
         self._sums = {"monitored": 0.0, "alarms": 0.0, "expected_alarms": 0.0}
         self._happened = Counter("driftline_happenings", "What the loop met, by name", ["name"], registry=registry)
 
@@ -221,6 +234,7 @@ class WorkerMetrics:
         for m in counted:
             self._quality(m)
         self._rates(counted)
+        self._confirmations(counted)
         if counted:
             self._version.set(max(m.weights_version for m in counted))
             self._event_time.set(max(m.time_ms for m in counted) / 1_000)
@@ -238,6 +252,33 @@ class WorkerMetrics:
         self._between.labels("measured").set(monitored / alarms if alarms else math.inf)
         self._between.labels("low").set(monitored / many)
         self._between.labels("high").set(monitored / few if few else math.inf)
+
+    def _confirmations(self, counted: Sequence[BatchMetrics]) -> None:
+        """What became of alerts, beside random moments of users of the same age."""
+        fresh = [group for m in counted for group in m.judged]
+        for g in fresh:
+            counts = self._by_age.setdefault(g.age, [0, 0, 0, 0])
+            for i, (what, judged, confirmed) in enumerate(
+                (("alerts", g.alerts, g.alerts_confirmed), ("moments", g.moments, g.moments_confirmed))
+            ):
+                self._judged.labels(what, g.age).inc(judged)
+                self._confirmed.labels(what, g.age).inc(confirmed)
+                counts[2 * i] += judged
+                counts[2 * i + 1] += confirmed
+        for g in fresh:
+            self._shares(g.age, [self._by_age[g.age]])
+        if fresh:
+            self._shares("all", list(self._by_age.values()))
+
+    def _shares(self, age: str, groups: Sequence[Sequence[int]]) -> None:
+        for i, what in enumerate(("alerts", "moments")):
+            judged = sum(g[2 * i] for g in groups)
+            if judged:
+                self._confirmed_share.labels(what, age).set(sum(g[2 * i + 1] for g in groups) / judged)
+        alike = [g for g in groups if g[0] and g[2]]
+        if alike:
+            gain = sum(g[1] - g[0] * g[3] / g[2] for g in alike) / sum(g[0] for g in alike)
+            self._confirmed_share.labels("gain", age).set(gain)
 
     def _quality(self, m: BatchMetrics) -> None:
         for events, suffix in (("all", ""), ("moves", "_moves")):

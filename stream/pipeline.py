@@ -5,6 +5,7 @@
            ──> score the forecasts made before the events (a share of users)
            ──> forecast where one is due
            ──> alerts with their reasons; what surges for everybody is told once          stream/alerts.py
+           ──> verdicts on earlier alerts; which alerts people see                        stream/confirming.py
            ──> outputs, to be committed with the new records
 
 Everything that judges an event is computed from the record BEFORE it. What crosses users is frozen between epochs.
@@ -22,13 +23,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from models.confirmation import moments
 from models.dedupe import first_sightings
 from models.features import EventColumns, type_name
 from models.forecaster import Forecaster
 from models.profile import USER, Advanced, EmissionSettings, Snapshot, advance, emission_names
+from models.ranking import allowance
 from models.shift import GroupTable, ShiftSettings
 from stream import records as out
-from stream.alerts import Batch, Told, tell
+from stream.alerts import Batch, Places, Told, places, tell
+from stream.confirming import Allowed
 from stream.engine import Output, PartitionState, PartitionStep
 from stream.errors import BadEvent
 from stream.events import Decoded, EventDecoder, EventSettings, refuse
@@ -66,6 +70,7 @@ class PipelineSettings:
     bounds: Bounds = UNBOUNDED
     control: str = ""  # the topic of orders, which come with the events
     topics: tuple[str, ...] = ("events",)
+    daily_budget: int = 0  # alerts of a day for people, over all partitions; 0 = all
     first_epoch_records: int = 256
 
 
@@ -86,6 +91,9 @@ class _Part:
     records: Records
     advanced: Advanced
     to_erase: npt.NDArray[np.uint64]
+    score_B: npt.NDArray[np.bool_]
+    moment_B: npt.NDArray[np.bool_]  # random moments, at which nothing happened: alerts are compared with them
+    where: Places
     first_event: int = 0  # where this part's events begin in the whole batch
     first_user: int = 0
 
@@ -165,7 +173,10 @@ class Pipeline:
         if duplicates:
             decoded = decoded.keep(fresh_B)
         score_B = (decoded.user_key_B % np.uint64(_HASH_SHARE)) < np.uint64(settings.quality_share * _HASH_SHARE)
-        advanced = advance(records, decoded.columns, state.groups, settings.shift, settings.emission, score_B)
+        where = places(decoded, settings.topics)
+        moment_B = moments(where[0], where[1], state.groups.rate().requested)
+        wanted_B = score_B | moment_B
+        advanced = advance(records, decoded.columns, state.groups, settings.shift, settings.emission, wanted_B)
         return _Part(
             partition=partition,
             state=state,
@@ -180,6 +191,9 @@ class Pipeline:
             records=records,
             advanced=advanced,
             to_erase=to_erase,
+            score_B=score_B,
+            moment_B=moment_B,
+            where=where,
         )
 
     def _orders(self, records: Sequence[Record], decoded: Decoded) -> npt.NDArray[np.uint64]:
@@ -233,6 +247,7 @@ class Pipeline:
     def _score(self, part: _Part, before_BH: Floats, told: Told) -> BatchMetrics:
         """How good the forecasts were that these events meet, beside the recency rule's, for a share of users."""
         snapshot, columns = part.advanced.before, part.decoded.columns
+        snapshot = snapshot.take(part.score_B[snapshot.event_E])
         if self._judge is not None and len(snapshot):
             event_E = snapshot.event_E
             self._judge(part.decoded, snapshot, before_BH[event_E], part.advanced.gap_s_B[event_E])
@@ -260,8 +275,10 @@ class Pipeline:
             late=part.late,
             duplicates=part.duplicates,
             forecasts=len(part.advanced.after),
-            alerts=len(told.outputs),
+            alerts=told.alerts,
             suppressed=told.suppressed,
+            notices=told.notices,
+            judged=told.judged,
             new_users=len(part.new_users),
             **misplaced(part.new_users, part.partition, self._settings.partitions),
             **_rates(part),
@@ -321,8 +338,18 @@ class Pipeline:
                 name=self._namer(part),
                 forecast={b: first[source] for b in alarmed if (source := part.decoded.source(b)) in first},
                 topics=self._settings.topics,
+                moment_B=part.moment_B,
+                where=part.where,
+                allowed=self._allowed(part.partition),
             )
         )
+
+    def _allowed(self, partition: int) -> Allowed | None:
+        """The partition's share of the daily budget of alerts, by day."""
+        settings = self._settings
+        if not settings.daily_budget:
+            return None
+        return lambda day: allowance(day, partition, settings.partitions, settings.daily_budget)
 
     def _dead_letters(self, part: _Part) -> list[Output]:
         return [
@@ -338,17 +365,20 @@ class Pipeline:
         """Everything the batch does to the partition, and its sums as a record of their own."""
         state = part.state
         seen = state.seen + part.read
-        delta = state.groups.delta(part.decoded.columns, part.advanced, part.decoded.interest_names, told.pending)
+        delta = state.groups.delta(
+            part.decoded.columns, part.advanced, part.decoded.interest_names, told.pending, told.followup
+        )
         after = None
         touched = part.records["key"]
         erased = part.to_erase[(state.arena.block_of(part.to_erase) >= 0) | np.isin(part.to_erase, touched)]
-        if len(erased) and state.groups.knows(erased):
+        if len(erased) and (state.groups.knows(erased) or np.isin(told.started_keys, erased).any()):
             after = self.groups_with(state.groups, delta)
             after.erase(erased)
         gone = erased
         if seen == self.next_cut(state.seen):
             after = (after or self.groups_with(state.groups, delta)).cut()
             gone = np.union1d(erased, silent(state.arena, part.records, part.watermark_ms, self._settings.bounds))
+            after.followup.forget(gone)
         evicted = len(gone) - len(erased)
         metrics = msgspec.structs.replace(metrics, erased=len(erased), evicted=evicted)
         outputs.append(Output(stream="metrics", key=None, value=out.encode(metrics)))

@@ -18,11 +18,13 @@ from stream.changelog import Kind
 from stream.config import Config, topic_names
 from stream.errors import ConfigError
 from stream.events import EventDecoder, user_hash
+from stream.explain import bars
 from stream.partition import partition_of
 from stream.records import Forecast, ShiftAlert
 from stream.tail import read_range, time_text
 from stream.transport import LogReader, Record, TopicPartition, Transport
 
+_NAME, _BAR = 30, 40
 NEWEST_RECORDS_MAX = 200_000  # of a topic's partition, looked through for the user
 
 
@@ -109,10 +111,16 @@ def in_lines(p: Portrait) -> list[str]:
         f"{p.user}: {p.events} events ({p.purchases} purchases) from {time_text(p.first_time_ms)} to "
         f"{time_text(p.last_time_ms)}; partition {p.partition}, weights {p.weights_version}",
         "lately: " + ", ".join(f"{s.interest}{f' ({s.type})' if s.type else ''}" for s in p.ring),
-        "usually: " + ", ".join(f"{s.interest} {s.share:.0%}" for s in p.profile[:10]),
+        "usually:",
+        *(
+            f"  {s.interest[:_NAME]:{_NAME}} {'█' * max(1, round(_BAR * s.share))} {s.share:.0%}"
+            for s in p.profile[:10]
+        ),
         f"evidence of a shift: {p.evidence:.2f} nats {over}; {p.alerts_so_far} alerts so far",
     ]
-    lines += [f"alert {time_text(a.detected_at_ms)}: {a.sentence}" for a in p.alerts]
+    for a in p.alerts:
+        lines.append(f"alert {time_text(a.detected_at_ms)} {a.alert_id} ({a.tier}): {a.sentence}")
+        lines += bars(a)
     if p.forecast is not None and p.forecast.steps:
         lines.append(f"forecast of {time_text(p.forecast.time_ms)}:")
         for step in p.forecast.steps:

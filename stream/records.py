@@ -13,6 +13,7 @@ import msgspec
 
 SCHEMA_VERSION = 1
 DEAD_LETTER_BYTES_MAX = 64_000
+ALERT, NOTICE = "alert", "notice"  # tiers: for people, for machines
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +105,12 @@ class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
         forecast: the likeliest next interests, where a forecast was due at the event.
         suppressed_count: users' alarms that were not told because a surge explains most of their evidence, in the
             speaking partition since the surge told before.
+        promise: chance that the user's next events confirm the alert, learned from the verdicts on earlier ones; 1/2
+            while there are few.
+        worth: what the user is worth: 1 and one more for each tenfold of purchases times prices.
+        value: worth x promise.
+        rank_score: severity x confidence x value; what the daily budget goes by.
+        tier: alert: for people; notice: the day's budget (`alerts.daily_budget`) has better use.
     """
 
     schema: int = SCHEMA_VERSION
@@ -137,6 +144,30 @@ class ShiftAlert(msgspec.Struct, frozen=True, kw_only=True):
     sentence: str
     dedup_key: str
     suppressed_count: int = 0
+    promise: float = 0.5
+    worth: float = 1.0
+    value: float = 0.5
+    rank_score: float = 0.0
+    tier: str = ALERT
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Topic `verdicts`, keyed by user: whether the user's next 30 events confirm an alert, without any label.
+
+    Attributes:
+        alert_id: of the alert; `source` is the event that made the verdict.
+        gain: nats by which the events since the onset foretold those 30 better than the events before it did;
+            confirmed if above 0. Random moments are confirmed too: compare shares (`judged` in `metrics`).
+    """
+
+    schema: int = SCHEMA_VERSION
+    id: str
+    alert_id: str
+    user: str
+    source: Source
+    judged_at_ms: int
+    confirmed: bool
+    gain: float
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,6 +189,16 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     truncated: bool = False
 
 
+class JudgedGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Trials that ended, of users of one age (events at the time, as `80-159`): alerts, and random moments beside."""
+
+    age: str
+    alerts: int = 0
+    alerts_confirmed: int = 0
+    moments: int = 0
+    moments_confirmed: int = 0
+
+
 class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Topic `metrics`: what one transaction did in one partition. Everything is a sum: add records up for any span.
 
@@ -166,6 +207,8 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
         time_ms: newest event time in the batch.
         records, events, dead_letters, late, duplicates, forecasts, alerts, new_users: counts.
         suppressed: users' alarms that were not told because a surge explains most of their evidence.
+        notices: those of the alerts for which the daily budget had no room.
+        judged: alerts and random moments that the users' next 30 events confirmed or not, by age of the user.
         monitored, alarms: events at which an alarm could have come, and alarms, under calibrated thresholds only.
         expected_alarms: alarms that the requested rate gives for them; alarms / expected_alarms should be near 1.
         evicted, erased: users forgotten, by the bounds of state.ttl_h and state.bytes_max, and by order.
@@ -193,6 +236,8 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     alerts: int = 0
     new_users: int = 0
     suppressed: int = 0
+    notices: int = 0
+    judged: list[JudgedGroup] = []
     monitored: int = 0
     alarms: int = 0
     expected_alarms: float = 0.0

@@ -9,11 +9,12 @@ from typing import Any
 
 import msgspec
 
-from stream.records import BatchMetrics, DeadLetter, Forecast, ShiftAlert
+from stream.records import BatchMetrics, DeadLetter, Forecast, ShiftAlert, Verdict
 
 RECORDS: dict[str, type[msgspec.Struct]] = {
     "forecasts": Forecast,
     "alerts": ShiftAlert,
+    "verdicts": Verdict,
     "dead-letters": DeadLetter,
     "metrics": BatchMetrics,
 }

@@ -14,7 +14,7 @@ import msgspec
 from stream import changelog
 from stream.config import Config, topic_names
 from stream.errors import ConfigError, Corrupt
-from stream.records import BatchMetrics, DeadLetter, Forecast, ShiftAlert
+from stream.records import BatchMetrics, DeadLetter, Forecast, ShiftAlert, Verdict
 from stream.transport import LogReader, Record, TopicPartition, Transport
 
 READ_RECORDS = 500
@@ -166,7 +166,13 @@ def _forecast(record: Record) -> str:
 
 def _alert(record: Record) -> str:
     a = msgspec.json.decode(record.value or b"", type=ShiftAlert)
-    return f"{time_text(a.detected_at_ms)}  {a.user}  {a.kind} shift, severity {a.severity:.2f}: {a.sentence}"
+    return f"{time_text(a.detected_at_ms)}  {a.user}  {a.tier}, {a.kind} shift, severity {a.severity:.2f}: {a.sentence}"
+
+
+def _verdict(record: Record) -> str:
+    v = msgspec.json.decode(record.value or b"", type=Verdict)
+    held = "held" if v.confirmed else "did not hold"
+    return f"{time_text(v.judged_at_ms)}  {v.user}  alert {v.alert_id} {held} ({v.gain:+.1f} nats)"
 
 
 def _dead_letter(record: Record) -> str:
@@ -197,6 +203,7 @@ def _weights(record: Record) -> str:
 _TOLD: dict[str, Callable[[Record], str]] = {
     "forecasts": _forecast,
     "alerts": _alert,
+    "verdicts": _verdict,
     "dead_letters": _dead_letter,
     "metrics": _metrics,
     "state": _state,

@@ -33,13 +33,16 @@ def make(
     partitions: int = 1,
     bounds: Bounds = UNBOUNDED,
     control: str = "",
+    false_alarm_events: float = 1_000.0,
+    daily_budget: int = 0,
 ) -> Pipeline:
     settings = PipelineSettings(
         events=EventSettings(late=late, dedupe=dedupe),
         partitions=partitions,
         bounds=bounds,
         control=control,
-        shift=ShiftSettings(threshold=threshold, age_min_events=10),
+        shift=ShiftSettings(threshold=threshold, age_min_events=10, false_alarm_events=false_alarm_events),
+        daily_budget=daily_budget,
         emission=msgspec.convert({"policy": policy}, EmissionSettings),
         steps=3,
         top_k=4,

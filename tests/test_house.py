@@ -202,7 +202,7 @@ def examples() -> dict[str, str]:
     return dict(re.findall(r"```json ([a-z-]+)\n(.*?)```", (ROOT / "docs" / "topics.md").read_text(), re.DOTALL))
 
 
-@pytest.mark.parametrize("topic", ["forecasts", "alerts", "dead-letters", "metrics"])
+@pytest.mark.parametrize("topic", ["forecasts", "alerts", "verdicts", "dead-letters", "metrics"])
 def test_examples_fit_the_types_and_the_schemas(topic: str) -> None:
     """Each worked example is complete, valid against the published schema, and read by the type without loss."""
     import jsonschema

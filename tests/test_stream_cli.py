@@ -79,7 +79,7 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 
 def test_the_commands_that_are_promised_exist() -> None:
-    """run, worker, learner, demo, simulate, replay, evaluate, evaluate-shifts, tail, topics, user, config, doctor."""
+    """run, worker, learner, demo, simulate, replay, evaluate, evaluate-shifts, tail, topics, user, explain, ..."""
     promised = [
         "run",
         "worker",
@@ -91,6 +91,7 @@ def test_the_commands_that_are_promised_exist() -> None:
         "evaluate-shifts",
         "tail",
         "user",
+        "explain",
         "config",
         "doctor",
     ]
