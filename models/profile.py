@@ -41,6 +41,7 @@ from models.walk import (
     Room,
     gap_seconds,
     user_dtype,
+    user_dtype_of,
     walk,
     weight_of,
 )
@@ -48,7 +49,7 @@ from models.walk import (
 __all__ = [
     "AGGREGATES", "AGGREGATE_COUNT", "EMIT_ALERT", "EMIT_EVERY", "EMIT_STALE", "EMIT_TOP_CHANGED", "HIDDEN", "PROFILE",
     "RING", "TYPE_MASK", "USER", "Advanced", "EmissionSettings", "Snapshot", "advance", "emission_names", "gap_seconds",
-    "replay", "user_dtype", "weight_of",
+    "replay", "user_dtype", "user_dtype_of", "weight_of",
 ]  # fmt: skip
 
 _EMISSION_NAMES = {EMIT_EVERY: "every", EMIT_TOP_CHANGED: "top-changed", EMIT_ALERT: "alert", EMIT_STALE: "stale"}

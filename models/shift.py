@@ -82,6 +82,16 @@ class ShiftSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     slow_half_life_events: Annotated[
         float, Meta(description="an event counts half in the slow profile after this many newer ones", ge=4, le=2_000)
     ] = 100.0
+    profile_interests: Annotated[
+        int,
+        Meta(
+            description="interests that a slow profile holds; more make each record 6 bytes longer and cost speed, and "
+            "pay where users have long histories of many interests (128 for command logs); 0 = 32, and "
+            "evaluate-shifts takes 128 where half of the users have more than 1,000 events",
+            ge=0,
+            le=512,
+        ),
+    ] = 0
     kappa: Annotated[
         float, Meta(description="events' worth of the segment's shares mixed into a user's slow profile", gt=0)
     ] = 8.0

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from models.features import I64, U32, EventColumns
 from models.profile import Advanced, replay
 from models.shift_rule import AGES, UNIT_ENDLESS, Rule, fixed_rule
-from models.walk import FEATURE_COUNT, USER
+from models.walk import FEATURE_COUNT, user_dtype_of
 
 if TYPE_CHECKING:
     from models.shift import ShiftSettings
@@ -47,6 +47,7 @@ _POOL_ALARMS = 40.0  # alarms' worth of the common threshold in an age group's o
 _RIDGE = 1e-3
 _LONG_HISTORY = 1_000  # events: half of the users have more
 _LONG_MEMORY = 15.0  # times the half-life, where histories are long
+LONG_PROFILE = 128  # interests in a slow profile, there
 _LONG_WINDOW = 5  # times DELAY_MAX, there
 _SPLICES_MIN = 300  # to choose by; fewer users are spliced more often
 _LONG_VISIT = 12.0  # events in a session on average, from which on blocks of _BLOCK events are tried as well
@@ -129,7 +130,7 @@ def columns(user: I64, interest: U32, time_ms: I64) -> EventColumns:
 def run(histories: Histories, rule: Rule, settings: ShiftSettings, *, features: bool = False) -> Advanced:
     """Replay whole histories from the users' first event on."""
     events = columns(histories.user, histories.interest, histories.time_ms)
-    records = np.zeros(histories.users, USER)
+    records = np.zeros(histories.users, user_dtype_of(settings.profile_interests))
     return replay(records, events, histories.share, rule, settings, features=features)
 
 
@@ -238,7 +239,7 @@ def units(histories: Histories, rule: Rule, settings: ShiftSettings, rng: np.ran
     age = starts - histories.first[histories.user[starts]]
     wanted = (age >= settings.age_min_events) & (ends > starts)
     wanted &= rng.random(len(starts)) < _SAMPLES / max(1, int(wanted.sum()) * (1 if rule.by_session else _BLOCK))
-    records = np.zeros(histories.users, USER)
+    records = np.zeros(histories.users, user_dtype_of(settings.profile_interests))
     own: list[F64] = []
     foreign: list[F64] = []
     by_round = np.argsort(ordinal, kind="stable")

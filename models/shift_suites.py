@@ -32,6 +32,7 @@ from models.shift_baselines import (
     river_detectors,
     set_knob,
 )
+from models.shift_blocks import Labels, block_scores
 from models.shift_calibration import Histories, Splices, calibrate, columns, delays, memory_of, run, splice
 from models.shift_planted import Planted, planted, softened
 from models.shift_rule import fixed_rule
@@ -333,37 +334,28 @@ def planted_row(study: Study, detector: Detector, knob: float, truth: Planted) -
 # ---------------------------------------------------------------------- S5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Labels:
-    """Blocks of users' events that are known to be their own or somebody else's.
-
-    Attributes:
-        users: whole histories of the users that are reported on, labelled parts included.
-        user_K, first_K: each block's user in `users` and where it begins in that user's history.
-        masquerader_K: whether it is somebody else's.
-        block: events in a block.
-    """
-
-    users: Histories
-    user_K: I64
-    first_K: I64
-    masquerader_K: BOOL
-    block: int
-
-
 def _largest_rise(evidence_B: npt.NDArray[np.float32]) -> float:
     """The largest evidence of a block on its own: what blocks before it left behind does not count."""
     return float((evidence_B - np.minimum.accumulate(evidence_B)).max())
 
 
 def labelled_row(study: Study, detector: RuleDetector, labels: Labels) -> Row:
-    """S5: how well the largest evidence in each block tells somebody else's blocks from the user's own."""
+    """S5: how well a score of each block tells somebody else's blocks from the user's own.
+
+    Of our detector the odds of models/shift_blocks.py, of others the largest rise of their evidence within the block.
+    """
+    if detector.name == OURS[0]:
+        return _labelled(study, detector, labels, block_scores(labels, detector.settings))
     low = min(detector.rule.thresholds)
     never = 1e9 / low  # no alarm: the evidence goes on; the profile is held as if the thresholds were in force
     rule = msgspec.structs.replace(detector.at(never), hold_share=detector.rule.hold_share / never)
     done = run(labels.users, rule, detector.settings)
     place_K = labels.users.first[labels.user_K] + labels.first_K
     score_K = np.array([_largest_rise(done.evidence_B[p : p + labels.block]) for p in place_K.tolist()])
+    return _labelled(study, detector, labels, score_K)
+
+
+def _labelled(study: Study, detector: Detector, labels: Labels, score_K: F64) -> Row:
     positive, negative = score_K[labels.masquerader_K], score_K[~labels.masquerader_K]
 
     def figures(positive: F64, negative: F64) -> tuple[float, float, float]:

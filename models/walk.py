@@ -22,6 +22,7 @@ Everything compiled is in this one file, constants included: the cache of the co
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -152,6 +153,12 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
 
 
 USER = user_dtype()
+
+
+@functools.cache
+def user_dtype_of(profile: int) -> np.dtype[Any]:
+    """The record with a slow profile of so many interests; 0 = PROFILE."""
+    return user_dtype(profile=profile) if profile not in (0, PROFILE) else USER
 
 
 # ---------------------------------------------------------------------- what the kernel takes and gives
@@ -334,6 +341,13 @@ def _aggregate(user: Any, out_A: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
+def _snapshot_bar(user: Any) -> int:
+    """Weight code from which a slot enters a snapshot, which has room for PROFILE: 0 where all have room."""
+    slots = len(user.slow_interest)
+    return max(1, int(np.sort(user.slow_weight)[slots - PROFILE])) if slots > PROFILE else 0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _keep(user: Any, event: int, room: Any, e: int) -> None:
     """Write the record of user `u` as snapshot `e`."""
     events = int(user.events)
@@ -351,9 +365,15 @@ def _keep(user: Any, event: int, room: Any, e: int) -> None:
             room.ring_gap_ER[e, i] = 0
             room.ring_type_ER[e, i] = 0
     total = max(user.slow_total, 1e-9)
-    for p in range(PROFILE):
-        room.slow_interest_EP[e, p] = user.slow_interest[p]
-        room.slow_share_EP[e, p] = min(1.0, weight_of(user.slow_weight[p]) / total)
+    bar = _snapshot_bar(user)
+    used = 0
+    for p in range(len(user.slow_interest)):
+        if user.slow_weight[p] >= bar and used < PROFILE:
+            room.slow_interest_EP[e, used] = user.slow_interest[p]
+            room.slow_share_EP[e, used] = min(1.0, weight_of(user.slow_weight[p]) / total)
+            used += 1
+    room.slow_interest_EP[e, used:] = 0
+    room.slow_share_EP[e, used:] = 0.0
     room.slow_total_E[e] = user.slow_total
     room.events_E[e] = user.events
     room.last_time_ms_E[e] = user.last_time_ms
@@ -370,7 +390,7 @@ def _mark(interest: int) -> int:
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _slow_weight(user: Any, interest: int) -> float:
     """Decayed count of an interest, of one that fell out of the profile a constant."""
-    for p in range(PROFILE):
+    for p in range(len(user.slow_interest)):
         if user.slow_interest[p] == interest:
             return float(weight_of(user.slow_weight[p]))
     mark = _mark(interest)
@@ -384,7 +404,7 @@ def _slow_weight(user: Any, interest: int) -> float:
 def _learn_slow(user: Any, interest: int, weight: float) -> None:
     """Add `weight` to an interest of the slow profile; the lightest one makes room."""
     lightest = 0
-    for p in range(PROFILE):
+    for p in range(len(user.slow_interest)):
         if user.slow_interest[p] == interest:
             user.slow_weight[p] = _code_of(weight_of(user.slow_weight[p]) + weight)
             user.slow_total += weight
@@ -408,12 +428,12 @@ def _learn_slow(user: Any, interest: int, weight: float) -> None:
 def _decay_slow(user: Any, decay_code: int, decay: float) -> None:
     step = np.uint16(min(65_535, decay_code))
     gone = False
-    for p in range(PROFILE):
+    for p in range(len(user.slow_interest)):
         code = user.slow_weight[p]
         left = np.uint16(code - min(code, step))
         gone |= (left == 0) & (code > 0)
         user.slow_weight[p] = left
-    for p in range(PROFILE if gone else 0):
+    for p in range(len(user.slow_interest) if gone else 0):
         if user.slow_weight[p] == 0:
             user.slow_interest[p] = 0
     user.slow_total *= decay
@@ -660,7 +680,7 @@ def _anchor_anew(user: Any, p: Any) -> None:
     since = max(1, min(int(user.watch), min(events, RING)))
     if p.kept_share <= 0.0:
         user.tail[:] = 0
-        for q in range(PROFILE):
+        for q in range(len(user.slow_interest)):
             user.slow_interest[q] = 0
             user.slow_weight[q] = 0
         user.slow_total = 0.0

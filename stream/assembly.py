@@ -179,7 +179,7 @@ def make_decoder(config: Config) -> EventDecoder:
 
 def pipeline_settings(config: Config, quality_share: float | None = None) -> PipelineSettings:
     """The pipeline's part of the configuration; `quality_share` in place of the configured one."""
-    from models.profile import USER
+    from models.profile import user_dtype_of
     from stream.pipeline import PipelineSettings
 
     shift = config.shift
@@ -196,7 +196,7 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
         partitions=config.topics.partitions,
         bounds=Bounds(
             ttl_ms=int(config.state.ttl_h * 3_600_000),
-            users_max=-(-config.state.bytes_max // USER.itemsize),
+            users_max=-(-config.state.bytes_max // user_dtype_of(shift.profile_interests).itemsize),
         ),
         control=topic_names(config)["control"],
     )

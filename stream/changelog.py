@@ -158,13 +158,23 @@ def _dtype(fields: bytes) -> np.dtype[Any]:
     return np.dtype([(n, t, tuple(shape)) if shape else (n, t) for n, t, shape in json.loads(fields)])
 
 
+_PROFILE = ("slow_weight", "slow_interest")  # the first orders both
+
+
 def migrate(records: Records, dtype: np.dtype[Any]) -> Records:
     """Records in today's layout, field by field. A field whose length changed starts empty: a ring is circular and a
-    hidden state belongs to its width, so a part of either would be wrong rather than incomplete."""
+    hidden state belongs to its width, so a part of either would be wrong rather than incomplete. Of a slow profile,
+    which has no order, the heaviest interests stay."""
     if records.dtype == dtype:
         return records
     out = np.zeros(len(records), dtype)
     for name in dtype.names or ():
         if name in (records.dtype.names or ()) and records.dtype[name].shape == dtype[name].shape:
             out[name] = records[name]
+    if {*_PROFILE} <= {*(dtype.names or ())} & {*(records.dtype.names or ())}:
+        kept = min(records.dtype[_PROFILE[0]].shape[0], dtype[_PROFILE[0]].shape[0])
+        heaviest = np.argsort(-records[_PROFILE[0]].astype(np.int64), axis=1, kind="stable")[:, :kept]
+        for name in _PROFILE:
+            if records.dtype[name].shape != dtype[name].shape:
+                out[name][:, :kept] = np.take_along_axis(records[name], heaviest, axis=1)
     return out

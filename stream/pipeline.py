@@ -27,7 +27,7 @@ from models.confirmation import moments
 from models.dedupe import first_sightings
 from models.features import EventColumns, type_name
 from models.forecaster import Forecaster
-from models.profile import USER, Advanced, EmissionSettings, Snapshot, advance, emission_names
+from models.profile import Advanced, EmissionSettings, Snapshot, advance, emission_names, user_dtype_of
 from models.ranking import allowance
 from models.shift import GroupTable, ShiftSettings
 from stream import records as out
@@ -101,11 +101,10 @@ class _Part:
 class Pipeline:
     """The Engine of a real worker: see the module's docstring."""
 
-    dtype = USER
-
     def __init__(
         self, settings: PipelineSettings, decoder: EventDecoder, forecaster: Forecaster, judge: Judge | None = None
     ) -> None:
+        self.dtype = user_dtype_of(settings.shift.profile_interests)
         self._settings = settings
         self._decoder = decoder
         self._judge = judge

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from models.features import interest_key
+from models.profile import PROFILE
 from models.shift import ShiftSettings
 from models.shift_baselines import DETECTORS
-from models.shift_calibration import Histories, session_starts
-from models.shift_suites import SUITES, Labels, Row, Study, histories_of, study_rows
+from models.shift_blocks import Labels
+from models.shift_calibration import LONG_PROFILE, Histories, is_long, session_starts
+from models.shift_suites import SUITES, Row, Study, histories_of, study_rows
 from stream.errors import ConfigError
 
 OnProgress = Callable[[str, int, int], None]
@@ -170,6 +173,7 @@ def evaluate_shifts(
     Raises:
         ConfigError: too few users or events for it.
     """
+    settings = measured_settings(file, settings)
     suites = wanted.suites or tuple(name for name in SUITES if name != "S5" or labels is not None)
     _, reported_U = _halves(file.histories.users, wanted.test_users, wanted.seed)
     blocks = None if labels is None else _blocks(file, labels, reported_U)
@@ -182,6 +186,14 @@ def evaluate_shifts(
         except ValueError as error:
             raise ConfigError(f"too little to evaluate on: {error}; take a longer file, or --test-users 1") from error
     return rows
+
+
+def measured_settings(file: EventFile, settings: ShiftSettings) -> ShiftSettings:
+    """The settings with the length of a slow profile decided: a longer one where histories are long."""
+    if settings.profile_interests:
+        return settings
+    length = LONG_PROFILE if is_long(file.histories) else PROFILE
+    return msgspec.structs.replace(settings, profile_interests=length)
 
 
 def study_of(file: EventFile, labels: LabelFile | None, settings: ShiftSettings, wanted: Asked, rate: float) -> Study:

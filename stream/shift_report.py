@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from models.shift import ShiftSettings
 from models.shift_suites import Row, Told, natural_alerts
 from stream.report import page, section
-from stream.shift_evaluation import Asked, EventFile, study_of
+from stream.shift_evaluation import Asked, EventFile, measured_settings, study_of
 
 _OURS, _OTHERS, _TRUE, _DUMMY = "#2f7de1", "#97a1ad", "#1f9e78", "#c9403a"
 _STORIES = 10
@@ -49,7 +49,7 @@ def write_shift_report(
     if rates:
         sections.append(section("Requested against measured rate", _RATES_TEXT, _rates(rates), 120 + 26 * len(rates)))
     sections.append(f"<section><h2>Stories</h2><p>{_STORY_TEXT}</p></section>")
-    study = study_of(file, None, settings, wanted, wanted.arl0[0])
+    study = study_of(file, None, measured_settings(file, settings), wanted, wanted.arl0[0])
     for told in natural_alerts(study, _STORIES):
         sections.append(section(*_story(told, file)))
     if len(sections) and not sections[-1].count("plot"):

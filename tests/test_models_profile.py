@@ -25,9 +25,11 @@ from models.profile import (
     Snapshot,
     advance,
     emission_names,
+    user_dtype_of,
     weight_of,
 )
 from models.shift import GroupTable, ShiftSettings
+from stream.changelog import migrate
 
 QUICK = ShiftSettings(age_min_events=3, refractory_events=4, threshold=1.5, slow_half_life_events=8)
 EVERY = EmissionSettings(policy="every")
@@ -233,6 +235,22 @@ def test_the_lightest_interest_makes_room() -> None:
     advance(records, columns([0] * count, interests), GroupTable(shift), shift, EVERY, np.zeros(count, np.bool_))
     kept = set(records["slow_interest"][0].tolist())
     assert {1, 2, PROFILE + 2} <= kept and 3 not in kept and len(kept) == PROFILE
+
+
+def test_a_longer_profile_holds_more() -> None:
+    """A record made for 128 interests keeps them, its snapshots hold the heaviest, and other lengths read it."""
+    long = user_dtype_of(128)
+    interests = [i for i in range(1, 101) for _ in range(1 + i // 70)]
+    shift, count = ShiftSettings(threshold=30, hold_share=1, slow_half_life_events=2_000), len(interests)
+    records = np.zeros(1, long)
+    done = advance(records, columns([0] * count, interests), GroupTable(shift), shift, EVERY, np.ones(count, np.bool_))
+    assert set(records["slow_interest"][0].tolist()) - {0} == set(range(1, 101))
+    seen = done.after.slow_interest_EP[-1]
+    assert len(seen) == PROFILE and len(set(seen.tolist())) == PROFILE and seen.min() >= 69
+    short = migrate(records, USER)
+    assert set(range(70, 101)) <= set(short["slow_interest"][0].tolist())
+    back = migrate(short, long)
+    assert set(back["slow_interest"][0].tolist()) - {0} == set(short["slow_interest"][0].tolist())
 
 
 def test_emission_policies() -> None:
