@@ -24,6 +24,9 @@ from models.ranking import Budget, learned, nothing_learned
 
 Rows = npt.NDArray[Any]
 
+TOLD_MAX = 1_024  # alerts by which a hurried user is known
+HURRIED_ALERTS = 3
+HURRIED_MS = 3_600_000
 VERDICTS_MAX = 2_048  # that the chance is learned from, the newest
 _LENGTHS_MAX = 32
 
@@ -39,6 +42,7 @@ class FollowUpDelta(msgspec.Struct, array_like=True):
     verdicts: bytes
     lengths: tuple[int, ...]
     budget: Budget
+    told: list[tuple[int, int]]
 
 
 class FollowUpSnapshot(msgspec.Struct, array_like=True):
@@ -51,6 +55,7 @@ class FollowUpSnapshot(msgspec.Struct, array_like=True):
     lengths: tuple[int, ...]
     coefficients: tuple[float, ...]
     budget: Budget
+    told: list[tuple[int, int]]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,6 +72,7 @@ class Followed:
     judged: list[Judged] = field(default_factory=list)
     lengths: tuple[int, ...] = ()
     budget: Budget = field(default_factory=Budget)
+    told: list[tuple[int, int]] = field(default_factory=list)
 
 
 class FollowUp:
@@ -80,6 +86,7 @@ class FollowUp:
         self.lengths: tuple[int, ...] = ()  # events since the onsets of the last alerts
         self.coefficients = nothing_learned()  # frozen
         self.budget = Budget()
+        self.told: list[tuple[int, int]] = []  # user and event time of the last alerts
 
     def room(self) -> int:
         """How many trials may still begin in this epoch."""
@@ -90,7 +97,13 @@ class FollowUp:
         pending = len(self.trials)
         changed = np.flatnonzero(done.changed[:pending])
         started = done.trials[pending:]
-        if not len(changed) and not len(started) and done.budget == self.budget and done.lengths == self.lengths:
+        if (
+            not len(changed)
+            and not len(started)
+            and not done.told
+            and done.budget == self.budget
+            and done.lengths == self.lengths
+        ):
             return b""
         return msgspec.msgpack.encode(
             FollowUpDelta(
@@ -102,6 +115,7 @@ class FollowUp:
                 verdicts_of(done.judged).tobytes(),
                 done.lengths,
                 done.budget,
+                done.told,
             )
         )
 
@@ -118,23 +132,27 @@ class FollowUp:
         self.fresh += len(verdicts)
         self.verdicts = np.concatenate([self.verdicts, verdicts])
         self.lengths, self.budget = delta.lengths, delta.budget
+        self.told = [*self.told, *delta.told][-TOLD_MAX:]
 
     def cut(self) -> FollowUp:
         """The next epoch's: what was learned anew from the verdicts, and no more than the bounds allow."""
         after = FollowUp()
         after.trials = self.trials[-TRIALS_MAX:].copy()
         after.verdicts = self.verdicts[-VERDICTS_MAX:].copy()
-        after.lengths, after.budget = self.lengths, self.budget
+        after.lengths, after.budget, after.told = self.lengths, self.budget, list(self.told)
         after.coefficients = learned(after.verdicts) if self.fresh else self.coefficients
         return after
 
     def knows(self, user_keys: U64) -> bool:
-        """Whether a trial of one of these users is pending."""
-        return bool(np.isin(self.trials["key"], user_keys).any())
+        """Whether something of one of these users is kept."""
+        told = np.array([key for key, _ in self.told], np.uint64)
+        return bool(np.isin(self.trials["key"], user_keys).any() or np.isin(told, user_keys).any())
 
     def forget(self, user_keys: U64) -> None:
         """Drop the trials of these users."""
         self.trials = self.trials[~np.isin(self.trials["key"], user_keys)]
+        gone = set(user_keys.tolist())
+        self.told = [one for one in self.told if one[0] not in gone]
 
     def dump(self) -> FollowUpSnapshot:
         return FollowUpSnapshot(
@@ -145,6 +163,7 @@ class FollowUp:
             self.lengths,
             self.coefficients,
             self.budget,
+            self.told,
         )
 
     @staticmethod
@@ -154,7 +173,14 @@ class FollowUp:
         followup.starts, followup.fresh = saved.starts, saved.fresh
         followup.verdicts = np.frombuffer(saved.verdicts, VERDICT).copy()
         followup.lengths, followup.coefficients, followup.budget = saved.lengths, saved.coefficients, saved.budget
+        followup.told = saved.told
         return followup
+
+
+def hurried(told: list[tuple[int, int]], key: int, time_ms: int) -> bool:
+    """Whether a user, a bot most likely, has had its alerts of an hour of event time."""
+    mine = [ms for user, ms in told[-TOLD_MAX:] if user == key and abs(time_ms - ms) < HURRIED_MS]
+    return len(mine) >= HURRIED_ALERTS
 
 
 def with_length(lengths: tuple[int, ...], since: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
-from models.confirmation import ALERT, FEATURE_COUNT
+from models.confirmation import ALERT, FEATURE_COUNT, FEATURES
 
 F64 = npt.NDArray[np.float64]
 
@@ -27,7 +27,8 @@ _DAYS_MAX = 60  # days without an alert that are told apart
 _BINS = 160
 _BIN_ZERO = 80
 _PER_DOUBLING = 8  # bins of the score
-_RIDGE = 4.0
+_RIDGE = 2.0
+_LEARNED = ("foretold", "log_since", "is_alert")  # the features that the chance is learned from: docs/decisions.md
 _STEPS = 12  # of Newton's method
 _ALERTS_MIN = 20  # verdicts on alerts before anything is learned
 
@@ -73,7 +74,8 @@ def learned(verdicts: Any) -> tuple[float, ...]:
     """Coefficients of a ridge logistic regression on verdicts (alerts and moments); nothing while they are few."""
     if int((verdicts["kind"] == ALERT).sum()) < _ALERTS_MIN:
         return nothing_learned()
-    x = np.concatenate([verdicts["features"].astype(np.float64), np.ones((len(verdicts), 1))], axis=1)
+    chosen = [FEATURES.index(name) for name in _LEARNED]
+    x = np.concatenate([verdicts["features"][:, chosen].astype(np.float64), np.ones((len(verdicts), 1))], axis=1)
     y = verdicts["confirmed"].astype(np.float64)
     ridge = np.full(x.shape[1], _RIDGE)
     ridge[-1] = 0.1
@@ -83,7 +85,9 @@ def learned(verdicts: Any) -> tuple[float, ...]:
         slope = x.T @ (y - p) - ridge * w
         curve = (x * (p * (1.0 - p))[:, None]).T @ x + np.diag(ridge)
         w = w + np.linalg.solve(curve, slope)
-    return tuple(round(float(c), 9) for c in w)
+    coefficients = np.zeros(FEATURE_COUNT + 1)
+    coefficients[[*chosen, -1]] = w
+    return tuple(round(float(c), 9) for c in coefficients)
 
 
 # ---------------------------------------------------------------------- the best of a day

@@ -43,7 +43,7 @@ _SHADOW_ALL = np.uint64(1 << SHADOW_BITS)
 _UNSEEN = 0.5  # pseudo-count of an interest never seen
 _UNSEEN_INTERESTS = 1_000  # how many of them there may be
 _SEGMENT_PRIOR = 200.0  # events' worth of everybody's shares in a segment's shares
-_FORMAT = 5
+_FORMAT = 6
 _ONE_INTEREST = np.uint64(1 << 32)  # keys below are of all users, above of a segment
 
 

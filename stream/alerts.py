@@ -39,7 +39,7 @@ class Told:
     Attributes:
         outputs: alerts in the order of their events.
         evidence: rows for the side table.
-        suppressed: users' alarms that surges explain.
+        suppressed: users' alarms that surges explain, and those of users that had three alerts within the hour.
         pending: suppressed since the last surge was told, this batch included; goes with the group table.
         notices: alerts for which the day's budget had no room.
         followup: what the batch adds to what became of alerts; goes with the group table too.
@@ -119,7 +119,10 @@ def tell(batch: Batch) -> Told:
     for event in sorted({*advanced.alarmed.event_E.tolist(), *surges, *moments}):
         if event in moments:
             following.moment(event, moments[event])
-        if event in found:
+        if event in found and following.hurried(event):
+            told.suppressed += 1
+            advanced.tallies.alarms_G[int(np.searchsorted(AGE_EDGES, advanced.age_B[event], side="right"))] -= 1
+        elif event in found:
             alert = _user_alert(batch, found[event], shares[event], following)
             told.notices += alert.tier == out.NOTICE
             told.outputs.append(_output(batch, event, alert))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from models.confirmation import ALERT, MOMENT, Start, judge, since_of_moment, trial_of
 from models.features import I64, U64
-from models.followup import Followed, sums, with_length
+from models.followup import Followed, hurried, sums, with_length
 from models.profile import Advanced, Snapshot
 from models.ranking import promise_of, worth_of
 from models.shift import ShiftSettings
@@ -47,6 +47,7 @@ class Following:
         self._lengths, self._budget = self._followup.lengths, self._followup.budget
         self._started: list[Any] = []
         self._began: list[int] = []
+        self._told: list[tuple[int, int]] = []
         self._row = {int(event): row for row, event in enumerate(advanced.alarmed.event_E.tolist())}
 
     def moment(self, event: int, row: int) -> None:
@@ -57,6 +58,11 @@ class Following:
         trial = self._trial(self._advanced.before, Start(event=event, kind=MOMENT, row=row, since=since))
         if trial is not None:
             self._begin(trial, event - 1)
+
+    def hurried(self, event: int) -> bool:
+        """Whether the user has had so many alerts lately that one more is not told."""
+        told = [*self._followup.told, *self._told]
+        return hurried(told, int(self._decoded.user_key_B[event]), int(self._decoded.columns.time_ms[event]))
 
     def alert(self, event: int, severity: float, confidence: float, allowed: Allowed | None) -> dict[str, Any]:
         """An alert on a user: its trial begins; the fields of the record that say what it is worth."""
@@ -69,6 +75,7 @@ class Following:
             promise = promise_of(self._followup.coefficients, trial["features"][0].tolist())
             self._begin(trial, event)
             self._lengths = with_length(self._lengths, since)
+        self._told.append((int(self._decoded.user_key_B[event]), int(self._decoded.columns.time_ms[event])))
         known = advanced.alarmed.aggregates_EA[row]
         purchases = float(known[_PURCHASES]) * float(advanced.alarmed.events_E[row])
         worth = worth_of(purchases, float(known[_PRICE]))
@@ -92,11 +99,13 @@ class Following:
         began = np.concatenate([np.full(len(pending), -1, np.int64), np.array(self._began, np.int64)])
         columns = self._decoded.columns
         changed, judged = judge(trials, began, self._decoded.user_key_B, columns.interest, self._shares)
-        return Followed(trials=trials, changed=changed, judged=judged, lengths=self._lengths, budget=self._budget)
+        return Followed(
+            trials=trials, changed=changed, judged=judged, lengths=self._lengths, budget=self._budget, told=self._told
+        )
 
     def started_keys(self) -> U64:
-        """The users whose trials began in this batch."""
-        return np.array([int(rows["key"][0]) for rows in self._started], np.uint64)
+        """The users of whom something new is kept."""
+        return np.array([int(rows["key"][0]) for rows in self._started] + [key for key, _ in self._told], np.uint64)
 
     def _shares(self, event_E: I64) -> npt.NDArray[np.float64]:
         interest = self._decoded.columns.interest[event_E]

@@ -56,7 +56,7 @@ _COUNTS = {
     "forecasts": "Forecasts published",
     "alerts": "Interest-shift alerts published",
     "new_users": "Users seen for the first time",
-    "suppressed": "Users' alarms not told because a surge explains most of their evidence",
+    "suppressed": "Users' alarms not told: a surge explains them, or the user had three alerts within the hour",
     "notices": "Alerts for which the daily budget (alerts.daily_budget) had no room",
     "monitored": "Events at which an alarm could have come, under calibrated thresholds",
     "alarms": "Alarms of users under calibrated thresholds",
@@ -335,6 +335,13 @@ class LearnerMetrics:
         self._publish_s = Histogram(
             "driftline_learner_publish_seconds", "Time to publish a version", buckets=_SECONDS, registry=registry
         )
+        from models.watch import LossWatch  # here: a worker needs no river
+
+        self._watch = LossWatch()
+        self._drifted = Counter(
+            "driftline_learner_loss_drifts", "Times that river's ADWIN, or Page-Hinkley (rises), saw the loss drift",
+            ["detector"], registry=registry,
+        )  # fmt: skip
         self._happened = Counter("driftline_learner_happenings", "What it met, by name", ["name"], registry=registry)
 
     def learned(self, report: Any, backlog_events: int) -> None:
@@ -352,6 +359,9 @@ class LearnerMetrics:
         if report.steps:
             if math.isfinite(report.loss):
                 self._loss.set(report.loss)
+            for detector in self._watch.see(report.loss):
+                self._drifted.labels(detector).inc()
+                log.warning("event=loss_drifted detector=%s loss=%.4f", detector, report.loss)
             self._progress.add(report.events, steps=report.steps, loss=round(report.loss, 4), lag=backlog_events)
 
     def published(self, version: int, bytes_sent: int, seconds: float) -> None:

@@ -206,7 +206,8 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
         first_offset, next_offset: the input records covered, of the first input topic with records in this batch.
         time_ms: newest event time in the batch.
         records, events, dead_letters, late, duplicates, forecasts, alerts, new_users: counts.
-        suppressed: users' alarms that were not told because a surge explains most of their evidence.
+        suppressed: users' alarms that were not told: a surge explains most of their evidence, or the user had three
+            alerts within an hour of event time (bots).
         notices: those of the alerts for which the daily budget had no room.
         judged: alerts and random moments that the users' next 30 events confirmed or not, by age of the user.
         monitored, alarms: events at which an alarm could have come, and alarms, under calibrated thresholds only.

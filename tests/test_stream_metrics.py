@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stream.engine import Output, PartitionStep
 from stream.errors import ConfigError
 from stream.metrics import SILENT_MAX_S, Exposition, Health, LearnerMetrics, WorkerMetrics, markdown, new_registry
-from stream.records import BatchMetrics
+from stream.records import BatchMetrics, JudgedGroup
 from stream.transport import TopicPartition
 from stream.worker import Turn
 
@@ -175,3 +178,46 @@ def test_registries_are_separate() -> None:
     """Two observers of one process do not meet: nothing is registered globally."""
     WorkerMetrics(new_registry(), Health())
     WorkerMetrics(new_registry(), Health())
+
+
+def test_a_loss_that_drifts_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """river's ADWIN and Page-Hinkley watch the online loss: quiet on a steady one, told when it rises, NaN or not."""
+    registry = CollectorRegistry()
+    metrics = LearnerMetrics(registry, Health())
+    noise = random.Random(1)
+
+    def drifts() -> float:
+        return sum(
+            s.value for f in registry.collect() for s in f.samples if s.name == "driftline_learner_loss_drifts_total"
+        )
+
+    for _ in range(300):
+        metrics.learned(SimpleNamespace(steps=1, events=64, skipped_non_finite=0, shed=0, loss=noise.gauss(3, 0.1)), 0)
+    assert drifts() == 0
+    metrics.learned(SimpleNamespace(steps=1, events=64, skipped_non_finite=1, shed=0, loss=math.nan), 0)
+    for _ in range(200):
+        metrics.learned(SimpleNamespace(steps=1, events=64, skipped_non_finite=0, shed=0, loss=noise.gauss(4, 0.1)), 0)
+    assert drifts() >= 2 and "event=loss_drifted detector=adwin" in caplog.text
+
+
+def test_confirmed_shares_stand_beside_those_of_moments() -> None:
+    """By age and of all; the gain weighs moments by the ages of the alerts."""
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry, Health())
+    metrics._confirmations([judged("40-79", 8, 6, 10, 5), judged("80-159", 2, 1, 10, 5)])
+    share = {
+        (s.labels["what"], s.labels["age"]): s.value
+        for f in registry.collect()
+        for s in f.samples
+        if s.name == "driftline_confirmed_share"
+    }
+    assert share["alerts", "40-79"] == 0.75 and share["moments", "all"] == 0.5
+    assert share["gain", "all"] == pytest.approx(0.2) and share["gain", "80-159"] == 0.0
+
+
+def judged(age: str, *counts: int) -> BatchMetrics:
+    names = ("alerts", "alerts_confirmed", "moments", "moments_confirmed")
+    group = JudgedGroup(age=age, **dict(zip(names, counts, strict=True)))
+    return BatchMetrics(
+        partition=0, first_offset=0, next_offset=1, time_ms=1, weights_version=0, records=1, events=1, judged=[group]
+    )
