@@ -12,6 +12,7 @@ Ends with 0 on SIGTERM, with 3 when fenced, with 4 after `seconds`. Prints what 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -95,6 +96,20 @@ def arm(fault: dict[str, Any], kafka: bool) -> Callable[[int], None]:
     return lambda step: bite() if point == f"step {step}" else None
 
 
+class Noting(Counting):
+    """Counts, and writes each event to a file at once: what a worker saw is known although it is killed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def event(self, name: str, **facts: object) -> None:
+        super().event(name, **facts)
+        for word in (name, *([str(facts["outcome"])] if "outcome" in facts else [])):
+            with contextlib.suppress(OSError):  # a limit on file sizes may be the fault of the hour
+                os.write(self._fd, f"{word}\n".encode())
+
+
 def main() -> int:
     task = json.loads(sys.argv[1])
     stop = threading.Event()
@@ -105,7 +120,7 @@ def main() -> int:
     on_step = arm(task.get("fault", {}), "kafka" in task["log"])
     deadline_s = time.monotonic() + task["seconds"]
     threading.Thread(target=lambda: (time.sleep(task["seconds"]), stop.set()), daemon=True).start()
-    observer = Counting()
+    observer = Noting(task.get("notes", os.devnull))
     transport = open_log(task["log"])
     worker = make_worker(
         transport,

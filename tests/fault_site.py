@@ -8,9 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,6 +175,7 @@ class Site:
         self.processes: list[subprocess.Popen[str]] = []
         self.sent = self.acked = 0
         self.reports: list[dict[str, Any]] = []
+        self._notes = tempfile.TemporaryDirectory(prefix="driftline-notes-")
         self.watch = Watch(log, self.names, self.prefix + "app")
 
     def fill(self, rng: random.Random, count: int) -> None:
@@ -212,7 +215,7 @@ class Site:
     def start(self, slot: str = "0", *, wait: bool = True, **task: Any) -> subprocess.Popen[str]:
         given = {
             "log": self.through, "prefix": self.prefix, "partitions": PARTITIONS, "slot": slot, "seconds": SECONDS,
-            **task,
+            "notes": f"{self._notes.name}/{len(self.processes)}", **task,
         }  # fmt: skip
         process = subprocess.Popen(
             [sys.executable, str(HERE / "digest_worker.py"), json.dumps(given)],
@@ -229,6 +232,10 @@ class Site:
         if wait:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
         return process
+
+    def saw(self) -> Counter[str]:
+        """What all workers so far have seen, the killed ones included."""
+        return Counter(word for file in Path(self._notes.name).iterdir() for word in file.read_text().split())
 
     def wait_drained(self, seconds: float) -> None:
         deadline_s = time.monotonic() + seconds
@@ -267,3 +274,4 @@ class Site:
         self.watch._stop.set()
         self.watch._thread.join(30)
         self.transport.close()
+        self._notes.cleanup()

@@ -30,6 +30,7 @@ def kafka_site(kafka_bootstrap: str) -> Iterator[Site]:
 def test_kill_before_every_step_embedded(embedded_site: Site) -> None:
     """kill -9 before each of the seven steps, one life each: every input answered once, every chain whole."""
     kill_and_recover(embedded_site, [f"step {step}" for step in STEPS] + ["committing"], random.Random(2))
+    assert embedded_site.ended().problems == []
 
 
 @pytest.mark.kafka
@@ -37,6 +38,7 @@ def test_five_kills_under_load_kafka(kafka_site: Site) -> None:
     """The same on a real broker: the transaction that a dead worker left open is aborted by its successor."""
     points = ["step 3", "send", "committing", "restore", "step 7"]
     kill_and_recover(kafka_site, points, random.Random(3))
+    assert kafka_site.ended().problems == []
 
 
 @pytest.mark.kafka
