@@ -46,16 +46,13 @@ class Forecast:
 class Forecaster:
     """One version of the weights, ready to use."""
 
-    def __init__(
-        self, network: Network, knowledge: Knowledge, keys_V: U32, names: list[str], version: int, temperature: float
-    ) -> None:
+    def __init__(self, network: Network, knowledge: Knowledge, keys_V: U32, names: list[str], version: int) -> None:
         self._network = network
         self._knowledge = knowledge
         self._keys_V = keys_V
         self._names = names
         self._log_popularity_V = torch.from_numpy(knowledge.log_popularity_V)
         self._crowd_VK = torch.from_numpy(knowledge.crowd_VK)
-        self._temperature = temperature
         self.version = version
 
     @staticmethod
@@ -80,7 +77,7 @@ class Forecaster:
             Successors(*(tensors[f"successors.{name}"] for name in ("follower", "weight", "total", "stay"))),
             Normaliser(sums_3M=tensors["normaliser.sums"]),
         )
-        return Forecaster(network, knowledge, keys_V, weights.names, weights.version, weights.temperature)
+        return Forecaster(network, knowledge, keys_V, weights.names, weights.version)
 
     def name(self, interest_key: int) -> str | None:
         """The name of an interest of the vocabulary; None where it is not known."""
@@ -148,7 +145,6 @@ class Forecaster:
                         candidates.row_EC,
                         candidates.key_EC,
                         self._keys_V,
-                        1.0 / self._temperature,
                         interest_ENK[span, n],
                         probability_ENK[span, n],
                     )
@@ -367,7 +363,7 @@ def _rank(
 @njit(cache=True, nogil=True, error_model="numpy")
 def _top(
     logit_EV: F32, total_E: F32, copy_EC: F32, gate_E: F32, rest_E: F32, row_EC: I32, key_EC: U32, keys_V: U32,
-    sharpness: float, interest_EK: U32, probability_EK: F32,
+    interest_EK: U32, probability_EK: F32,
 ) -> None:  # fmt: skip
     count, slots = key_EC.shape
     rows = len(keys_V)

@@ -55,6 +55,15 @@ class Users:
         rows[fresh] = new_rows
         return rows.astype(np.int64)
 
+    def fill(self, records: npt.NDArray[Any], last_event: I64) -> None:
+        """Take these users, all at once; called when there are none."""
+        self._used = len(records)
+        if not self._used:
+            return
+        self.records, self.last_event = records.copy(), last_event.copy()
+        self._index = KeyIndex(self._used)
+        self._index.insert(self.records["key"], np.arange(self._used, dtype=np.int32))
+
     def erase(self, key: int) -> int:
         """Remove a user; the sequence number of his newest event, or -1 if he is not here."""
         wanted = np.array([key], np.uint64)
@@ -166,6 +175,11 @@ class History:
     def snapshot(self, row_E: I64) -> Snapshot:
         """The users' records before these events."""
         return self._snapshot.take(row_E)
+
+    def put_snapshot(self, rows: int, columns: dict[str, npt.NDArray[Any]]) -> None:
+        """The records before the events of the first rows, as `snapshot` gave them."""
+        for name, column in columns.items():
+            getattr(self._snapshot, name)[:rows] = column
 
     def before(self, number_E: I64, steps: int) -> tuple[I64, I64]:
         """Rows of the up to `steps` events of the same users before these, and how many there are.

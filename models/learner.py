@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -105,7 +105,7 @@ class _Waiting:
         return np.concatenate([np.arange(*r) for r in self.ranges]) if self.ranges else np.zeros(0, np.int64)
 
 
-class _State(msgspec.Struct, array_like=True):
+class LearnerState(msgspec.Struct, array_like=True):
     """What `state_bytes` holds."""
 
     weights: bytes
@@ -482,18 +482,22 @@ class Learner:
 
     # ------------------------------------------------------------------ versions
 
+    def _parameters(self) -> Mapping[str, Tensor]:
+        """Of a plain Network; see models/adapters.py for one that is not."""
+        return self._network.state_dict()
+
     def forecaster(self) -> Forecaster:
         """The network as it stands, on the CPU, for use in this process."""
         network = self._network
         if self._device.type != "cpu":
             network = Network(self._settings, self._network.capacity)
-            network.load_state_dict({n: t.detach().cpu() for n, t in self._network.state_dict().items()})
-        return Forecaster(network, self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version, 1.0)
+            network.load_state_dict({n: t.detach().cpu() for n, t in self._parameters().items()})
+        return Forecaster(network, self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version)
 
     def weights(self) -> Weights:
         """The current version."""
         rows = len(self._vocabulary)
-        tensors = {f"network.{n}": t.detach().cpu().numpy().copy() for n, t in self._network.state_dict().items()}
+        tensors = {f"network.{n}": t.detach().cpu().numpy().copy() for n, t in self._parameters().items()}
         last = self._settings.hashed_rows + rows
         tensors["network.interest"] = tensors["network.interest"][:last]
         tensors["network.bias"] = tensors["network.bias"][:last]
@@ -520,7 +524,7 @@ class Learner:
         """Everything that `restore` needs to go on, but for the histories."""
         waiting = np.concatenate([self._history.digest[self._waiting.all() % self._history.capacity], self._unlearned])
         return msgspec.msgpack.encode(
-            _State(
+            LearnerState(
                 weights=self.weights().to_bytes(),
                 vocabulary=self._vocabulary.to_bytes(),
                 optimiser=self._optimiser.to_bytes(),
@@ -532,23 +536,23 @@ class Learner:
             )
         )
 
-    @staticmethod
+    @classmethod
     def restore(
-        payload: bytes, network: NetworkSettings, learning: LearningSettings, *, device: str = "auto"
-    ) -> Learner:
+        cls, payload: bytes, network: NetworkSettings, learning: LearningSettings, *, device: str = "auto"
+    ) -> Self:
         """The learner that wrote the state; `observe(..., learn=False)` gives it back its histories.
 
         Raises:
             ValueError: the bytes are broken, or were written with other network settings.
         """
         try:
-            state = msgspec.msgpack.decode(payload, type=_State)
+            state = msgspec.msgpack.decode(payload, type=LearnerState)
         except msgspec.MsgspecError as error:
             raise ValueError(f"not a learner's state: {error}") from None
         weights = Weights.from_bytes(state.weights)
         if weights.settings != network:
             raise ValueError("the learner's state was written with other [network] settings; use those, or a new app")
-        learner = Learner.__new__(Learner)
+        learner = cls.__new__(cls)
         learner._start(weights, learning, device)
         learner._vocabulary = Vocabulary.from_bytes(state.vocabulary, learning)
         learner._optimiser.load(state.optimiser)

@@ -35,6 +35,11 @@ class Optimiser:
         )
         self.steps = 0
 
+    def restart(self) -> None:
+        """Warm up again, with AdamW's moments as at the start; the sums of the rows stay."""
+        self._adam.state.clear()
+        self.steps = 0
+
     def zero(self) -> None:
         """Forget the gradients."""
         self._network.zero_grad(set_to_none=True)

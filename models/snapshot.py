@@ -3,7 +3,7 @@
 On the way of an event: the learner writes one every few seconds, workers load the newest between two batches.
 
     "DLW1" | header length u32 | header, JSON | body, safetensors
-    header: version, settings and their fingerprint, names of the interests by row, temperature, sha256 of the body
+    header: version, settings and their fingerprint, names of the interests by row, sha256 of the body
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class _Header(msgspec.Struct, kw_only=True):
     settings: NetworkSettings
     fingerprint: str
     names: list[str]
-    temperature: float
     sha256: str
 
 
@@ -46,14 +45,12 @@ class Weights:
         tensors: parameters of the network as `network.*`, and what is counted: `vocabulary.keys`,
             `vocabulary.popularity`, `successors.*`, `normaliser.sums`.
         names: of the interests, by row of the vocabulary; "" = not known.
-        temperature: divides the logarithms of a step's probabilities; 1 = as trained.
     """
 
     version: int
     settings: NetworkSettings
     tensors: Tensors
     names: list[str] = field(default_factory=list)
-    temperature: float = 1.0
 
     def to_bytes(self) -> bytes:
         """As `from_bytes` reads it; the same weights give the same bytes."""
@@ -64,7 +61,6 @@ class Weights:
                 settings=self.settings,
                 fingerprint=fingerprint(self.settings),
                 names=self.names,
-                temperature=self.temperature,
                 sha256=hashlib.sha256(body).hexdigest(),
             )
         )
@@ -94,5 +90,4 @@ class Weights:
             settings=header.settings,
             tensors=safetensors.numpy.load(body),
             names=header.names,
-            temperature=header.temperature,
         )

@@ -184,7 +184,6 @@ class Vocabulary:
         if self._free:
             row = self._free.pop()
             self.keys[row], self.names[row], self._weight[row] = key, name, 0.0
-            self._fast_room[row] = 0.0
         else:
             row = len(self)
             if row == len(self._key_room):
@@ -194,6 +193,7 @@ class Vocabulary:
                 self._fast_room = np.concatenate([self._fast_room, np.zeros_like(self._fast_room)])
             self.names.append(name)
             self.keys[row], self._weight[row] = key, 0.0
+        self._fast_room[row] = 0.0
         self._index.insert(key, row)
         return row
 
@@ -233,21 +233,26 @@ class Vocabulary:
 
     def to_bytes(self) -> bytes:
         """Everything, as `from_bytes` reads it."""
-        return msgspec.msgpack.encode(
-            _Saved(
-                keys=self.keys.astype("<u4").tobytes(),
-                names=self.names,
-                weight=self._weight.astype("<f8").tobytes(),
-                seen=self._seen.astype("<i8").tobytes(),
-                free=self._free,
-                waiting=self._waiting,
-                waiting_names=self._names,
-                unit=self._unit,
-                events=self.events,
-                expired=self._expired,
-                collisions=self.collisions,
-                fast=self._fast_room[: len(self.names)].astype("<f8").tobytes(),
-            )
+        return msgspec.msgpack.encode(self._saved())
+
+    def to_json(self) -> bytes:
+        """The same as JSON, arrays in base64, as `from_json` reads it."""
+        return msgspec.json.encode(self._saved())
+
+    def _saved(self) -> _Saved:
+        return _Saved(
+            keys=self.keys.astype("<u4").tobytes(),
+            names=self.names,
+            weight=self._weight.astype("<f8").tobytes(),
+            seen=self._seen.astype("<i8").tobytes(),
+            free=self._free,
+            waiting=self._waiting,
+            waiting_names=self._names,
+            unit=self._unit,
+            events=self.events,
+            expired=self._expired,
+            collisions=self.collisions,
+            fast=self._fast_room[: len(self.names)].astype("<f8").tobytes(),
         )
 
     @staticmethod
@@ -261,6 +266,18 @@ class Vocabulary:
             saved = msgspec.msgpack.decode(payload, type=_Saved)
         except msgspec.MsgspecError as error:
             raise ValueError(f"not a vocabulary: {error}") from None
+        return Vocabulary._of(saved, settings)
+
+    @staticmethod
+    def from_json(payload: bytes, settings: LearningSettings) -> Vocabulary:
+        """The vocabulary that `to_json` wrote. Raises ValueError as `from_bytes` does."""
+        try:
+            return Vocabulary._of(msgspec.json.decode(payload, type=_Saved), settings)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"not a vocabulary: {error}") from None
+
+    @staticmethod
+    def _of(saved: _Saved, settings: LearningSettings) -> Vocabulary:
         vocabulary = Vocabulary(settings)
         room = max(64, len(saved.names))
         vocabulary.names = saved.names

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +21,7 @@ from stream.config import Config, topic_names
 from stream.errors import ConfigError, Corrupt, Retryable
 from stream.events import EventDecoder
 from stream.eviction import Bounds
+from stream.saved_weights import Initial, check_kind, load_initial
 from stream.start import EARLIEST, Start
 from stream.transport import TopicPartition, TopicSpec, Transport
 from stream.weights import WeightsFeed
@@ -202,13 +204,43 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
     )
 
 
-def make_pipeline(config: Config) -> Pipeline:
-    """The pipeline with version 0 of the weights, made from the seed."""
+def make_pipeline(config: Config, initial: Initial | None = None) -> Pipeline:
+    """The pipeline with version 0 of the weights: made from the seed, or pretrained."""
     from models.forecaster import Forecaster
     from stream.pipeline import Pipeline
 
-    settings = pipeline_settings(config)
-    return Pipeline(settings, make_decoder(config), Forecaster.initial(config.network, config.app.seed))
+    if initial is None:
+        forecaster = Forecaster.initial(config.network, config.app.seed)
+    else:
+        from models.tuning import to_weights
+
+        with _fitting(initial):
+            forecaster = Forecaster.from_weights(to_weights(initial.learner, initial.files))
+    return Pipeline(pipeline_settings(config), make_decoder(config), forecaster)
+
+
+def initial_weights(config: Config) -> Initial | None:
+    """The pretrained weights that learner.initial_weights names, checked.
+
+    Raises:
+        ConfigError: they are not there, or of another network or other interests.
+    """
+    if not config.learner.initial_weights:
+        return None
+    initial = load_initial(Path(config.learner.initial_weights), config.network, key="learner.initial_weights")
+    check_kind(initial, config, key="learner.initial_weights")
+    return initial
+
+
+@contextmanager
+def _fitting(initial: Initial) -> Iterator[None]:
+    """Parts of a checkpoint that do not fit together are a mistake in the settings, not a crash."""
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"learner.initial_weights {initial.path}: its parts do not fit together: {_first_line(error)}"
+        ) from error
 
 
 class WeightsSwap:
@@ -274,8 +306,12 @@ class WeightsSwap:
 
 
 def make_worker(config: Config, transport: Transport, observer: Observer, *, start: Start = EARLIEST) -> Worker:
-    """A worker on an open log; its topics have been checked."""
-    pipeline = make_pipeline(config)
+    """A worker on an open log; its topics have been checked.
+
+    Raises:
+        ConfigError: the pretrained weights that it shall start from do not fit.
+    """
+    pipeline = make_pipeline(config, initial_weights(config))
     names = names_of(config)
     return Worker(
         WorkerParts(
@@ -303,16 +339,24 @@ def make_learner(
     """A learner on an open log; its topics have been checked.
 
     Raises:
-        ConfigError: the device is not there, or the learner's state in the topic was made with other settings.
+        ConfigError: the device is not there, the learner's state in the topic was made with other settings, or the
+            pretrained weights that it shall start from do not fit.
     """
     from models.learner import Learner
     from stream.learning import LearnerLoop, LearnerPace
     from stream.orders import Erasures
 
     process, names = config.learner, names_of(config)
+    initial = initial_weights(config)
 
     def fresh() -> Any:
         with _device_asked(process.device):
+            if initial is not None:
+                from models.tuning import to_state
+
+                state = to_state(initial.learner, initial.files)
+                with _fitting(initial):
+                    return Learner.restore(state, config.network, config.learning, device=process.device)
             return Learner(config.network, config.learning, seed=config.app.seed, device=process.device)
 
     def restored(payload: bytes, version: int) -> Any:
@@ -346,6 +390,7 @@ def make_learner(
         nonce=lambda: os.urandom(16).hex(),
         start=start,
         erasures=Erasures(transport.reader(), names.control, config.topics.partitions),
+        publish_fresh=initial is not None,
     )
 
 

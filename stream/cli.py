@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ from stream.options import (
     EncodingOption,
     Given,
     HeaderOption,
+    InitialOption,
     MapOption,
     SepOption,
     SetOption,
@@ -35,7 +36,9 @@ from stream.options import (
     StartOption,
     TransportOption,
     UnitOption,
+    UsersOption,
     command,
+    initial_set,
     transport_set,
 )  # fmt: skip
 from stream.process import (
@@ -90,6 +93,7 @@ def run(
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes, slots 0, 1, ...")] = 1,
     learner: Annotated[bool, typer.Option(help="Start a learner too.")] = True,
     start: StartOption = "earliest",
+    initial_weights: InitialOption = None,
 ) -> None:
     """Start workers and a learner, each a process of its own, and keep them alive until Ctrl-C.
 
@@ -97,6 +101,7 @@ def run(
     """
     from stream.supervise import supervise
 
+    given = given.plus(*initial_set(initial_weights))
     config = given.load().config
     begin = str(_start(start))  # an age becomes one moment for all
     log_to(config.app, "run")
@@ -117,6 +122,7 @@ def worker(
     given: Given,
     slot: Annotated[str | None, typer.Option(help="This worker's own name; worker.slot.")] = None,
     start: StartOption = "earliest",
+    initial_weights: InitialOption = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """One worker: events in; forecasts, alerts and states out.
@@ -128,7 +134,8 @@ def worker(
     from stream.metrics import Exposition, Health, WorkerMetrics, new_registry
     from stream.warmup import warm_up
 
-    config = given.load(*([] if slot is None else [f"worker.slot={slot}"])).config
+    slots = [] if slot is None else [f"worker.slot={slot}"]
+    config = given.load(*slots, *initial_set(initial_weights)).config
     log_to(config.app, f"worker.{config.worker.slot}")
     use_threads(1)
     registry, health = new_registry(), Health()
@@ -152,6 +159,7 @@ def worker(
 def learner(
     given: Given,
     start: StartOption = "earliest",
+    initial_weights: InitialOption = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """The learner: events in, weights out. On a GPU where there is one.
@@ -162,7 +170,7 @@ def learner(
     from stream.assembly import check_rights, make_learner, names_of
     from stream.metrics import Exposition, Health, LearnerMetrics, new_registry
 
-    config = given.load().config
+    config = given.load(*initial_set(initial_weights)).config
     log_to(config.app, "learner")
     use_threads(config.learner.threads)
     registry, health = new_registry(), Health()
@@ -416,6 +424,18 @@ def evaluate(
         typer.Option(metavar="N|Ns", help="New weights only every N events, or N seconds of event time; 0: at once."),
     ] = "0",
     limit: Annotated[int | None, typer.Option(min=2, help="The first so many events only.")] = None,
+    users: UsersOption = None,
+    origin: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FOLDER", help="A checkpoint: models that go on from it, beside from scratch."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-9, max=1, help="Of the fine-tune and the adapters; 1e-5, learning.rate.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, max=64, help="Of the adapters.")] = 4,
+    new_interests: Annotated[
+        bool, typer.Option("--new-interests", help="Forget the checkpoint's interests, the file has other ones.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with curves and a reliability plot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The last line is JSON with all rows.")] = False,
 ) -> None:
@@ -433,22 +453,33 @@ def evaluate(
     config = plain_events(given.load().config)
     log_to(config.app, "evaluate")
     use_threads(config.learner.threads)
-    from stream.evaluation import DEFAULT_MODELS, MODELS, Delay, Wanted, read_stream
+    from stream.evaluation import DEFAULT_MODELS, MODELS, TUNED, Delay, Wanted, read_stream
     from stream.evaluation import evaluate as run_models
     from stream.evaluation_rows import rows_of
+    from stream.saved_weights import load_initial
     from stream.terminal import evaluation_progress, file_form, open_source, print_evaluation, say, say_counts
+    from stream.tuning import Tuning
+    from stream.user_share import UserShare
 
+    tuned = () if origin is None else tuple(TUNED)
+    share = UserShare.parse(users or "0-1")
     wanted = Wanted(
-        models=DEFAULT_MODELS if models is None else MODELS if models == "all" else tuple(models.split(",")),
+        models=(*DEFAULT_MODELS, *tuned)
+        if models is None
+        else (*MODELS, *tuned)
+        if models == "all"
+        else tuple(models.split(",")),
         report_from=report_from,
         seeds=seeds,
         horizon=horizon or config.forecast.steps,
         delay=Delay.parse(weights_delay),
+        initial=None if origin is None else load_initial(origin, config.network, key="--from"),
+        tuning=Tuning(rate=rate, rank=rank, new_interests=new_interests),
     )
     console = Console(stderr=True)
     source = open_source(console, file, columns, file_form(header, separator, time_unit, sort, encoding))
     with source:
-        stream = read_stream(islice(source, limit), config)
+        stream = read_stream(islice(share.of(source), limit), config)
     say_counts(console, source)
     for reason, count in stream.left_out.items():
         say(console, f"{source.facts.name}: {count:,} events left out: {reason}")
@@ -462,6 +493,113 @@ def evaluate(
         write_evaluation(html, f"Forecasts: {source.facts.name}", stream, outcomes, rows, wanted)
     if as_json:
         print(msgspec.json.encode({"rows": rows}).decode())
+
+
+@command(app)
+def pretrain(
+    given: Given,
+    file: Annotated[str, typer.Argument(help="CSV, TSV or JSON lines, also .gz and .zip; - for standard input.")],
+    columns: MapOption,
+    header: HeaderOption = True,
+    separator: SepOption = None,
+    time_unit: UnitOption = None,
+    sort: SortOption = False,
+    encoding: EncodingOption = "utf-8",
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("var/pretrain"),
+    origin: Annotated[
+        Path | None, typer.Option("--from", metavar="FOLDER", help="Go on from a checkpoint: a fine-tune.")
+    ] = None,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="With --from: train low-rank adapters and new interests alone.")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=1, max=64, help="Of the adapters.")] = 4,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-9, max=1, help="Learning rate; learning.rate, with --from 1e-5, with --adapters as usual."),
+    ] = None,
+    new_interests: Annotated[
+        bool, typer.Option("--new-interests", help="With --from: forget its interests, the file has other ones.")
+    ] = False,
+    kind: Annotated[str | None, typer.Option(help="What the interests are; the column's name.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, max=1_000, help="Passes over the file, at most.")] = 8,
+    patience: Annotated[int, typer.Option(min=1, max=100, help="Epochs without a better one, then it ends.")] = 2,
+    hold_out: Annotated[
+        float, typer.Option(min=0.01, max=0.5, help="Share of the events, the last in time, that judges the epochs.")
+    ] = 0.1,
+    users: UsersOption = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="The first so many events only.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="app.seed.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--restart", help="Go on with an unfinished training in --out, or drop it.")
+    ] = None,
+    checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between two marks to go on from.")] = 120.0,
+    tensorboard: Annotated[bool, typer.Option(help="Curves for TensorBoard in the folder.")] = True,
+    wandb: Annotated[str | None, typer.Option(metavar="PROJECT", help="Curves to Weights & Biases too.")] = None,
+) -> None:
+    """Train on a file, several times over, and keep the weights: learner.initial_weights starts from them.
+
+    Example: driftline pretrain events.csv.gz --map user=uid,interest=category,time=ts --out var/pretrain
+    """
+    from itertools import islice
+
+    from rich.console import Console
+
+    from stream.config import plain_events
+
+    config = plain_events(given.load().config)
+    log_to(config.app, "pretrain")
+    use_threads(config.learner.threads)
+    from stream import pretrain_command as command_of
+    from stream.evaluation import read_stream
+    from stream.pretraining import Plan
+    from stream.terminal import evaluation_progress, file_form, open_source, say_counts
+    from stream.tuning import Tuning
+    from stream.user_share import UserShare
+    from stream.warmup import warm_up
+
+    how: Literal["online", "fine", "adapters"] = "adapters" if adapters else "fine" if origin else "online"
+    asked = command_of.Asked(
+        columns=columns,
+        out=out,
+        plan=Plan(epochs=epochs, patience=patience, hold_out=hold_out, seed=config.app.seed if seed is None else seed),
+        tuning=Tuning(how=how, rate=rate, rank=rank, new_interests=new_interests),
+        origin=origin,
+        kind=kind,
+        resume=resume,
+        every_s=checkpoint_every,
+        tensorboard=tensorboard,
+        wandb=wandb,
+    )
+    command_of.check_folder(asked)
+    initial = command_of.origin(asked, config)
+    console = Console(stderr=True)
+    source = open_source(console, file, columns, file_form(header, separator, time_unit, sort, encoding))
+    share = UserShare.parse(users or "0-1")
+    with source:
+        stream = read_stream(islice(share.of(source), limit), config)
+    say_counts(console, source)
+    stop = stop_on_signals()
+    warm_up(config)
+    with evaluation_progress(console) as show:
+        training, trackers = command_of.make(asked, config, stream, initial, show, stop.is_set)
+        try:
+            found = training.run(resume=bool(resume))
+        finally:
+            for tracker in trackers:
+                tracker.close()
+    if found is None:
+        print(f"{out}: stopped; the same command with --resume goes on")
+        return
+    for row in found:
+        print(
+            f"epoch {row.epoch}: -log p {row.train_loss:.4f}, of the last part {row.held_loss:.4f}, "
+            f"MRR {row.held_mrr:.4f}, HR@10 {row.held_hr_10:.4f}"
+        )
+    best = min(found, key=lambda row: row.held_loss)
+    print(
+        f"{out}: {len(stream):,} events of {stream.users:,} users, best epoch {best.epoch}, "
+        f"{training.trained_share:.2%} of the numbers trained"
+    )
 
 
 @command(app)

@@ -254,6 +254,13 @@ class LearnerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: Annotated[
         str, Meta(description="auto (a GPU where there is one), cpu or cuda[:N]", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     ] = "auto"
+    initial_weights: Annotated[
+        str,
+        Meta(
+            description="folder of a checkpoint of `driftline pretrain` that worker and learner start from while the "
+            '`weights` topic is empty; "" = from the seed'
+        ),
+    ] = ""
     threads: Annotated[
         int, Meta(description="threads of one step on a CPU; a worker always has one, two are slower", ge=1, le=256)
     ] = 1

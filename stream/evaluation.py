@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,14 +33,17 @@ from models.learner import Learner
 from models.profile import EmissionSettings, Snapshot
 from models.sequences import RECIPES, SequenceModel
 from models.sessions import SessionKnn
+from models.tuning import Trainee
 from stream.assembly import make_decoder, pipeline_settings
 from stream.config import Config
 from stream.engine import PartitionState, merge
 from stream.errors import ConfigError
 from stream.events import Decoded
 from stream.pipeline import Pipeline
+from stream.saved_weights import Initial
 from stream.state import Arena
 from stream.transport import LogRecord, TopicPartition
+from stream.tuning import USUAL, Tuning, make_trainee
 from stream.warmup import warm_up
 
 RULES: dict[str, Callable[[int, int], Ranker]] = {
@@ -60,6 +63,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "driftline_no_features": {"network": {"event_features": False}},
     "driftline_no_aux": {"learning": {"auxiliary_losses": False}},
     "driftline_no_replay": {"learning": {"replay_share": 0.0}},
+}
+TUNED: dict[str, Tuning] = {  # from the weights that --from names
+    "driftline_pretrained": Tuning(how="online"),
+    "driftline_finetuned": Tuning(how="fine"),
+    "driftline_adapters": Tuning(how="adapters"),
 }
 MODELS = (*RULES, *TRAINED, *VARIANTS)
 DEFAULT_MODELS = ("driftline", "recency", "recency_markov")
@@ -111,6 +119,8 @@ class Wanted:
         report_from: figures count from this share of the events on.
         seeds: passes of what has a seed: 0, 1, ...
         horizon: steps ahead.
+        initial: trained weights, for the models of TUNED.
+        tuning: of these: rate, rank, and whether the interests are other ones.
     """
 
     models: Sequence[str] = DEFAULT_MODELS
@@ -118,6 +128,8 @@ class Wanted:
     seeds: int = 1
     horizon: int = 5
     delay: Delay = Delay()
+    initial: Initial | None = None
+    tuning: Tuning = USUAL
 
     def first(self, events: int) -> int:
         """Index of the first event that counts."""
@@ -151,6 +163,7 @@ class Outcome:
     judged: Judged
     events_per_s: float
     peak_mb: float
+    trained_share: float | None = None  # of the network's numbers
 
 
 def read_stream(events: Iterable[Mapping[str, Any]], config: Config) -> Stream:
@@ -223,8 +236,10 @@ def evaluate(stream: Stream, config: Config, wanted: Wanted, on_progress: OnProg
     """
     named = {name: _own_model(name) for name in wanted.models if ":" in name}
     for name in wanted.models:
-        if name not in MODELS and name not in named:
-            raise ConfigError(f"--models {name}: there is no such model; there are {', '.join(MODELS)} and all")
+        if name in TUNED and wanted.initial is None:
+            raise ConfigError(f"--models {name}: goes on from trained weights; name them with --from")
+        if name not in MODELS and name not in named and name not in TUNED:
+            raise ConfigError(f"--models {name}: there is no such model; there are {', '.join([*MODELS, *TUNED])}")
     if stream.interests < 2:
         raise ConfigError("every event has the same interest: there is nothing to rank")
     outcomes = []
@@ -342,12 +357,12 @@ def run_driftline(
 ) -> Outcome:
     """The pipeline and the learner of `driftline run`, in this process."""
     changed = {section: msgspec.structs.replace(getattr(config, section), **values)
-               for section, values in VARIANTS[name].items()}  # fmt: skip
+               for section, values in VARIANTS.get(name, {}).items()}  # fmt: skip
     forecast = msgspec.structs.replace(config.forecast, emission=_SILENT)
     config = msgspec.structs.replace(config, **changed, forecast=forecast)
     decoder = make_decoder(config)
     warm_up(config)
-    learner = Learner(config.network, config.learning, seed=seed, device=config.learner.device)
+    learner = _learner(name, config, wanted, seed)
     judged = Judged.empty(len(stream), wanted.horizon)
     first = wanted.first(len(stream))
     frozen_from = first if name == "driftline_frozen" else len(stream)
@@ -366,7 +381,7 @@ def run_driftline(
                 judged.put(at, found)
 
     settings = pipeline_settings(config, quality_share=1.0)
-    pipeline = Pipeline(settings, decoder, Forecaster.initial(config.network, seed), judge=judge_batch)
+    pipeline = Pipeline(settings, decoder, learner.forecaster(), judge=judge_batch)
     state = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups())
     done, made_at, made_ms = 0, 0, int(stream.time_ms_E[0])
     at_once = wanted.delay == Delay()
@@ -389,7 +404,19 @@ def run_driftline(
                 made_at, made_ms = done, now_ms
                 pipeline.forecaster = Forecaster.from_weights(learner.weights())
         on_progress(name, done, len(stream))
-    return meter.outcome(name, seed, judged, len(stream))
+    outcome = meter.outcome(name, seed, judged, len(stream))
+    outcome.trained_share = learner.trained_share() if isinstance(learner, Trainee) else 1.0
+    return outcome
+
+
+def _learner(name: str, config: Config, wanted: Wanted, seed: int) -> Learner:
+    """From the seed, or from trained weights."""
+    if name not in TUNED:
+        return Learner(config.network, config.learning, seed=seed, device=config.learner.device)
+    asked, how = wanted.tuning, TUNED[name].how
+    rate = None if how == "online" else asked.rate
+    tuning = replace(asked, how=how, rate=rate)
+    return make_trainee(config, tuning.learning(config.learning), wanted.initial, tuning, seed)
 
 
 # ---------------------------------------------------------------------- what it costs

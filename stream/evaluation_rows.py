@@ -44,6 +44,7 @@ def rows_of(stream: Stream, outcomes: Sequence[Outcome], wanted: Wanted) -> list
                         "share_rmse": found.share_rmse,
                         "events_per_s": round(outcome.events_per_s),
                         "peak_mb": round(outcome.peak_mb),
+                        "trained_share": outcome.trained_share,
                     }
                 )
     return rows + _means(rows)

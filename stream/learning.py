@@ -11,6 +11,7 @@ lost, unless gradient work is shed under lag, which is counted.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -102,7 +103,8 @@ class LearnerLoop:
     """One learner process.
 
     Args:
-        restore: makes the model from a snapshot's bytes; `fresh` makes version 0 from the seed.
+        restore: makes the model from a snapshot's bytes; `fresh` makes version 0.
+        publish_fresh: version 0 knows something: it is published at once, for workers that start from the seed.
     """
 
     def __init__(
@@ -121,12 +123,13 @@ class LearnerLoop:
         nonce: Callable[[], str],
         start: Start = EARLIEST,
         erasures: Erasures | None = None,
+        publish_fresh: bool = False,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._transport, self._topics, self._pace, self._decoder = transport, topics, pace, decoder
         self._fresh, self._restore, self._observer = fresh, restore, observer
         self._clock, self._sleep, self._nonce, self._start, self._on_step = clock, sleep, nonce, start, on_step
-        self._erasures = erasures
+        self._erasures, self._publish_fresh = erasures, publish_fresh
         self._id = f"{app}.learner"
         self._failures = 0
         self._positions: dict[TopicPartition, int] = {}
@@ -163,7 +166,7 @@ class LearnerLoop:
         try:
             while not stop.is_set():
                 self.turn()
-            if self._dirty:
+            if self._dirty and self._positions:
                 self.publish()
         finally:
             self.close()
@@ -178,7 +181,11 @@ class LearnerLoop:
             self._observer.learned(report, self._lag_records)
             if self._pace.cpu_share < 1 and report.steps:
                 self._sleep(min(1.0, spent_s * (1 / self._pace.cpu_share - 1)))
-            if self._dirty and self._clock() - self._last_publish_s >= self._pace.publish_interval_s:
+            if (
+                self._dirty
+                and self._positions
+                and self._clock() - self._last_publish_s >= self._pace.publish_interval_s
+            ):
                 self.publish()
             self._failures = 0
         except Rebalanced as error:
@@ -334,6 +341,8 @@ class LearnerLoop:
             )
         own = newest.get("learner")
         if own is None:
+            if self._publish_fresh:
+                self._dirty, self._last_publish_s = True, -math.inf
             return self._fresh()
         self._observer.event("learner_restored", version=own.version)
         return self._restore(own.payload, own.version)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +55,10 @@ class Given:
         if path is None and Path(CONFIG_FILE).is_file():
             path = Path(CONFIG_FILE)
         return load(path, [*self.sets, *more])
+
+    def plus(self, *more: str) -> Given:
+        """The same with more assignments, for processes of its own too."""
+        return replace(self, sets=(*self.sets, *more))
 
     def arguments(self) -> list[str]:
         """The same settings for a process of its own."""
@@ -103,6 +107,19 @@ def transport_set(transport: str | None) -> tuple[str, ...]:
     return () if transport is None else (f"transport={transport}",)
 
 
+def initial_set(folder: Path | None) -> tuple[str, ...]:
+    """--initial-weights as an assignment."""
+    return () if folder is None else (f"learner.initial_weights={folder}",)
+
+
+InitialOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Start from this checkpoint of `driftline pretrain` while the weights topic is empty; "
+        "learner.initial_weights.",
+    ),
+]
 MapOption = Annotated[
     str, typer.Option("--map", metavar="FIELD=COLUMN,...", help="user=COL,interest=COL,time=COL[,type=,item=,...].")
 ]
@@ -121,3 +138,7 @@ StartOption = Annotated[
 ]
 SortOption = Annotated[bool, typer.Option("--sort", help="Sort by time first (holds the file in memory).")]
 EncodingOption = Annotated[str, typer.Option("--encoding", help="Of the text.")]
+UsersOption = Annotated[
+    str | None,
+    typer.Option("--users", metavar="A-B", help="Only this share of the users, by a hash: 0-0.5 and 0.5-1 are halves."),
+]
