@@ -17,7 +17,7 @@ from kafka.structs import TopicPartition as ClientPartition
 from stream.errors import ConfigError
 from stream.kafka_client import ConnectionSettings, Topics, check_codec, hushed, translated, translating
 from stream.kafka_consumer import KafkaConsumer
-from stream.kafka_producer import BATCH_BYTES, LINGER_MS, KafkaProducer
+from stream.kafka_producer import BATCH_BYTES, LINGER_MS, KafkaProducer, shut
 from stream.transport import Record, TopicPartition, TopicSpec
 
 _APPEND_RECORDS = 20_000
@@ -101,7 +101,7 @@ class KafkaLog:
     def close(self) -> None:
         """Close the log's own clients; what was created from it is closed by its owner. Idempotent."""
         if self._writer is not None:
-            self._writer.close(timeout=5)
+            shut(self._writer)
             self._writer = None
         if self._admin is not None:
             with hushed():

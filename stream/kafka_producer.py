@@ -30,6 +30,15 @@ LINGER_MS = 20  # records gather while the worker computes; `flush` does not wai
 _CLOSE_TIMEOUT_S = 2.0
 
 
+def shut(client: Client) -> None:
+    """Close a producer of the library, within bounds; records that are stuck are given up, and its threads end."""
+    try:
+        client.close(timeout=_CLOSE_TIMEOUT_S)
+    except kafka_errors.KafkaTimeoutError:
+        client._sender.force_close()
+        client._sender.join(_CLOSE_TIMEOUT_S)
+
+
 class KafkaProducer:
     """A transactional producer that fences every older one of its id."""
 
@@ -67,7 +76,7 @@ class KafkaProducer:
             with translating(f"cannot begin transactions as {transactional_id!r}"):
                 self._client.init_transactions()
         except BaseException:
-            self._shut()
+            shut(self._client)
             raise
 
     def begin(self) -> None:
@@ -130,14 +139,7 @@ class KafkaProducer:
                 self.abort()
         self._broken = self._broken or Retryable(f"the producer {self._id!r} is closed")
         self._open = False
-        self._shut()
-
-    def _shut(self) -> None:
-        try:
-            self._client.close(timeout=_CLOSE_TIMEOUT_S)
-        except kafka_errors.KafkaTimeoutError:  # records are stuck: end its threads without them
-            self._client._sender.force_close()
-            self._client._sender.join(_CLOSE_TIMEOUT_S)
+        shut(self._client)
 
     def _wait(self, result: Any, doing: str) -> None:
         """The library waits without a limit; we do not."""
