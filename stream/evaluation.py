@@ -381,7 +381,8 @@ def run_driftline(
                 judged.put(at, found)
 
     settings = pipeline_settings(config, quality_share=1.0)
-    pipeline = Pipeline(settings, decoder, learner.forecaster(), judge=judge_batch)
+    # Not `learner.forecaster()`: that shares the learner's vocabulary, and these weights stay in use while it grows.
+    pipeline = Pipeline(settings, decoder, Forecaster.from_weights(learner.weights()), judge=judge_batch)
     state = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups())
     done, made_at, made_ms = 0, 0, int(stream.time_ms_E[0])
     at_once = wanted.delay == Delay()
