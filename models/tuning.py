@@ -273,8 +273,8 @@ def to_files(learner: Learner) -> tuple[SavedFacts, dict[str, bytes]]:
     """A learner between two streams, as JSON and safetensors: weights, vocabulary with its counts, optimiser."""
     weights = learner.weights()
     state = msgspec.msgpack.decode(learner.state_bytes(), type=LearnerState)
-    plain = isinstance(learner, Trainee) and learner.trained_share() < 1.0
-    optimiser = _fresh_optimiser(weights) if plain else state.optimiser
+    adapted = isinstance(learner, Trainee) and learner.trained_share() < 1.0
+    optimiser = _fresh_optimiser(weights) if adapted else state.optimiser
     facts = SavedFacts(
         version=weights.version,
         settings=weights.settings,

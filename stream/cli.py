@@ -14,11 +14,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -700,6 +700,19 @@ def tail(
                 break
 
 
+def _print(told: Any, lines: Iterable[str], as_json: bool) -> None:
+    """A struct as JSON on one line, or what a person reads."""
+    import msgspec
+
+    from stream.tail import printable
+
+    if as_json:
+        print(msgspec.json.encode(told).decode())
+        return
+    for line in lines:
+        print(printable(line))
+
+
 @command(app)
 def user(
     given: Given,
@@ -711,12 +724,9 @@ def user(
 
     Example: driftline user u000017
     """
-    import msgspec
-
     from stream.assembly import make_decoder
     from stream.explain import explanation, write_page
     from stream.portrait import in_lines, portrait
-    from stream.tail import printable
 
     config = given.load().config
     log_to(config.app, "user")
@@ -726,11 +736,7 @@ def user(
         if html is not None:
             newest = [explanation(transport, config, decoder, a.alert_id) for a in told.alerts[-PAGE_ALERTS_MAX:]]
             write_page(html, newest, f"User {user_id}")
-    if as_json:
-        print(msgspec.json.encode(told).decode())
-        return
-    for line in in_lines(told):
-        print(printable(line))
+    _print(told, in_lines(told), as_json)
 
 
 @command(app)
@@ -744,11 +750,8 @@ def explain(
 
     Example: driftline explain events/3/1381 --html alert.html
     """
-    import msgspec
-
     from stream.assembly import make_decoder
     from stream.explain import explanation, in_lines, write_page
-    from stream.tail import printable
 
     config = given.load().config
     log_to(config.app, "explain")
@@ -756,11 +759,7 @@ def explain(
         told = explanation(transport, config, make_decoder(config), alert_id)
     if html is not None:
         write_page(html, [told], f"Alert {alert_id}")
-    if as_json:
-        print(msgspec.json.encode(told).decode())
-        return
-    for line in in_lines(told):
-        print(printable(line))
+    _print(told, in_lines(told), as_json)
 
 
 @command(app)
