@@ -24,19 +24,16 @@ sys.path.insert(0, str(ROOT))
 import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 
+from benchmarks.one_worker import steps_of  # noqa: E402
 from models.followup import FollowUp  # noqa: E402
-from stream.assembly import make_pipeline  # noqa: E402
 from stream.config import plain_events  # noqa: E402
-from stream.engine import PartitionState, merge  # noqa: E402
 from stream.evaluation import read_stream  # noqa: E402
 from stream.files import FileForm, open_events  # noqa: E402
 from stream.loading import load  # noqa: E402
 from stream.mapping import Mapping  # noqa: E402
 from stream.records import BatchMetrics, ShiftAlert, Verdict  # noqa: E402
-from stream.state import Arena  # noqa: E402
-from stream.transport import Record, TopicPartition  # noqa: E402
+from stream.transport import Record  # noqa: E402
 
-TP = TopicPartition("events", 0)
 HALVES = {"tuned": 0, "reported": 1}
 TOP = 1 / 3
 
@@ -60,26 +57,21 @@ class Outcome(NamedTuple):
 
 def through(records: list[Record], sets: tuple[str, ...], batch: int) -> Outcome:
     """All records through a worker's pipeline, one partition."""
-    engine = make_pipeline(plain_events(load(None, ("topics.partitions=1", *sets)).config))
-    state = PartitionState(arena=Arena(engine.dtype), groups=engine.new_groups())
     metrics: list[BatchMetrics] = []
     alerts: list[ShiftAlert] = []
     verdicts: dict[str, Verdict] = {}
-    done = 0
-    while done < len(records):
-        end = done + min(batch, engine.next_cut(state.seen) - state.seen)
-        for step in engine.process({0: state}, {TP: records[done:end]}):
-            merge(engine, state, step)
-            if step.metrics is not None:
-                metrics.append(step.metrics)
-            for output in step.outputs:
-                if output.stream == "alerts":
-                    alerts.append(msgspec.json.decode(output.value, type=ShiftAlert))
-                elif output.stream == "verdicts":
-                    verdict = msgspec.json.decode(output.value, type=Verdict)
-                    verdicts[verdict.alert_id] = verdict
-        done = end
-    return Outcome(alerts, verdicts, metrics, state.groups.followup)
+    followup = FollowUp()
+    for state, step in steps_of(records, sets, batch):
+        followup = state.groups.followup
+        if step.metrics is not None:
+            metrics.append(step.metrics)
+        for output in step.outputs:
+            if output.stream == "alerts":
+                alerts.append(msgspec.json.decode(output.value, type=ShiftAlert))
+            elif output.stream == "verdicts":
+                verdict = msgspec.json.decode(output.value, type=Verdict)
+                verdicts[verdict.alert_id] = verdict
+    return Outcome(alerts, verdicts, metrics, followup)
 
 
 def with_interval(confirmed: int, judged: int) -> dict[str, Any]:

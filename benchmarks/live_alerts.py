@@ -23,20 +23,16 @@ sys.path.insert(0, str(ROOT))
 import msgspec  # noqa: E402
 import orjson  # noqa: E402
 
+from benchmarks.one_worker import steps_of  # noqa: E402
 from models.shift_rate import poisson_interval  # noqa: E402
-from stream.assembly import make_pipeline  # noqa: E402
 from stream.config import plain_events  # noqa: E402
-from stream.engine import PartitionState, merge  # noqa: E402
 from stream.evaluation import read_stream  # noqa: E402
 from stream.files import FileForm, open_events  # noqa: E402
 from stream.loading import load  # noqa: E402
 from stream.mapping import Mapping  # noqa: E402
 from stream.records import BatchMetrics, ShiftAlert  # noqa: E402
 from stream.simulate import ShopSettings, simulate  # noqa: E402
-from stream.state import Arena  # noqa: E402
-from stream.transport import LogRecord, Record, TopicPartition  # noqa: E402
-
-TP = TopicPartition("events", 0)
+from stream.transport import LogRecord, Record  # noqa: E402
 
 
 def sums(metrics: Iterable[BatchMetrics]) -> dict[str, Any]:
@@ -58,19 +54,12 @@ def sums(metrics: Iterable[BatchMetrics]) -> dict[str, Any]:
 
 def through(records: list[Record], sets: tuple[str, ...], batch: int) -> tuple[list[BatchMetrics], list[ShiftAlert]]:
     """All records through a worker's pipeline, one partition."""
-    engine = make_pipeline(plain_events(load(None, ("topics.partitions=1", *sets)).config))
-    state = PartitionState(arena=Arena(engine.dtype), groups=engine.new_groups())
     metrics: list[BatchMetrics] = []
     alerts: list[ShiftAlert] = []
-    done = 0
-    while done < len(records):
-        end = done + min(batch, engine.next_cut(state.seen) - state.seen)
-        for step in engine.process({0: state}, {TP: records[done:end]}):
-            merge(engine, state, step)
-            if step.metrics is not None:
-                metrics.append(step.metrics)
-            alerts += [msgspec.json.decode(o.value, type=ShiftAlert) for o in step.outputs if o.stream == "alerts"]
-        done = end
+    for _, step in steps_of(records, sets, batch):
+        if step.metrics is not None:
+            metrics.append(step.metrics)
+        alerts += [msgspec.json.decode(o.value, type=ShiftAlert) for o in step.outputs if o.stream == "alerts"]
     return metrics, alerts
 
 
