@@ -19,7 +19,7 @@ from stream.evaluation import Delay, Wanted, evaluate, read_stream
 from stream.loading import load
 from stream.partition import partition_of
 from stream.simulate import ShopSettings, simulate
-from stream.transport import LogRecord, TopicPartition, Transport
+from stream.transport import LogRecord, TopicPartition, Transport, close_all
 
 EVENTS, ROUND = 3_000, 512
 PARTITIONS = 2
@@ -101,13 +101,13 @@ def replayed(transport: Transport, config: Config, records: list[Any]) -> dict[s
     silent: Any = Silent()
     worker = make_worker(config, transport, silent)
     learner = make_learner(config, transport, silent, threading.Event())
-    reader = transport.reader()
+    readers = [transport.reader() for _ in range(PARTITIONS)]  # each keeps its place, and its fetches
     clockwork = worker._parts.weights
     sums, offsets = {"records": 0, "scored": 0, "reciprocal_ranks": 0.0, "hits_10": 0}, [0] * PARTITIONS
 
     def handled() -> int:
         for p in range(PARTITIONS):
-            for record in reader.read(TopicPartition(names.outputs["metrics"], p), offsets[p], 0.0):
+            for record in readers[p].read(TopicPartition(names.outputs["metrics"], p), offsets[p], 0.0):
                 offsets[p] = record.offset + 1
                 found = json.loads(record.value or b"{}")
                 for key in sums:
@@ -130,9 +130,7 @@ def replayed(transport: Transport, config: Config, records: list[Any]) -> dict[s
             clockwork.swap(at_least=learner.model.version)
         version = learner.model.version
     finally:
-        reader.close()
-        worker.close()
-        learner.close()
+        close_all(*readers, worker, learner)
     return {
         "scored": sums["scored"],
         "mrr": sums["reciprocal_ranks"] / sums["scored"],
