@@ -425,6 +425,7 @@ def disk_full_embedded(bench: Bench) -> Row:
         worker = site.start(settings=SETTINGS)
         settle(site, rng, 1.5)
         for _ in range(3):
+            site.wait_drained(30)  # else what is still to come would look like progress in spite of the limit
             _, hard = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
             resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (8_192, hard))
             before = site.watch.results
@@ -438,7 +439,7 @@ def disk_full_embedded(bench: Bench) -> Row:
             site.fill(rng, 50)
             row.progress_s = max(row.progress_s, site.watch.wait_for_more(range(PARTITIONS), healed_s, 30))
         finish(site, row, [worker])
-        assert row.bit["stood still"] == 3 and row.bit["saw commit_failed"] > 0, "the limit did not bite"
+        assert row.bit["stood still"] == 3 and row.bit["saw commit_failed"] > 0, f"the limit did not bite: {row.bit}"
     return row
 
 
