@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from river.drift import ADWIN
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as f
 
 from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
@@ -143,6 +143,7 @@ class Learner:
             {n.removeprefix("network."): torch.from_numpy(t.copy()) for n, t in tensors.items() if n[:8] == "network."}
         )
         self._network.to(self._device)
+        self._copy: Network | None = None  # on the CPU, as of the last step, where the network is elsewhere
         self._optimiser = Optimiser(self._network, learning)
         self._vocabulary = Vocabulary(learning)
         self._successors = Successors(
@@ -319,7 +320,9 @@ class Learner:
         if not len(number_E):
             return number_E
         vocabulary_row = self._vocabulary.find(history.interest[row_E])
-        popularity = np.where(vocabulary_row >= 0, self._knowledge.popularity_V[vocabulary_row], 1.0)
+        known = vocabulary_row >= 0
+        popularity = np.ones(len(number_E))
+        popularity[known] = self._knowledge.popularity_V[vocabulary_row[known]]
         chance = 1.0 / np.sqrt(popularity + 1.0)
         kept = self._random.choice(len(number_E), min(count, len(number_E)), replace=False, p=chance / chance.sum())
         chosen: I64 = number_E[kept]
@@ -478,6 +481,7 @@ class Learner:
             self._vocabulary.find(last_B), self._vocabulary.find(interest_B), self._learning.successor_decay
         )
         history.learned[row_B] = True
+        self._copy = None
         self._know()
 
     # ------------------------------------------------------------------ versions
@@ -490,9 +494,16 @@ class Learner:
         """The network as it stands, on the CPU, for use in this process."""
         network = self._network
         if self._device.type != "cpu":
-            network = Network(self._settings, self._network.capacity)
-            network.load_state_dict({n: t.detach().cpu() for n, t in self._parameters().items()})
+            network = self._copy = self._copy or self._copied()
         return Forecaster(network, self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version)
+
+    def _copied(self) -> Network:
+        """A plain network on the CPU that computes the same."""
+        state = {name: value.detach().cpu() for name, value in self._parameters().items()}
+        network = Network(self._settings, 0)
+        network.interest, network.bias = nn.Parameter(state["interest"]), nn.Parameter(state["bias"])
+        network.load_state_dict(state, assign=True)
+        return network
 
     def weights(self) -> Weights:
         """The current version."""

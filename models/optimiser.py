@@ -113,7 +113,7 @@ class Optimiser:
             self._sums[name][:rows] = saved[:rows]
         for i, parameter in enumerate(self._dense):
             state: dict[str, Any] = {
-                name: tensors[key].to("cpu" if name == "step" else device)
+                name: tensors[key].to(device)  # the fused AdamW counts its steps on the device too
                 for name in ("step", "exp_avg", "exp_avg_sq")
                 if (key := f"adam.{i}.{name}") in tensors
             }

@@ -115,6 +115,7 @@ class Trainee(Learner):
         }
         network.load_state_dict(state)
         self._network = network.to(self._device)
+        self._copy = None
         self._optimiser = Optimiser(self._network, self._learning)
         self._vocabulary = Vocabulary(self._learning)
         self._successors = Successors.empty(self._settings.successors)
@@ -131,15 +132,8 @@ class Trainee(Learner):
     def forecaster(self) -> Forecaster:
         if self._first_row is None:
             return super().forecaster()
-        return self._plain_forecaster()
-
-    def _plain_forecaster(self) -> Forecaster:
-        """With the adapters merged in once, not at each use."""
-        network = Network(self._settings, 0)
-        state = {name: value.detach().cpu() for name, value in self._parameters().items()}
-        network.interest, network.bias = nn.Parameter(state["interest"]), nn.Parameter(state["bias"])
-        network.load_state_dict(state, assign=True)
-        return Forecaster(network, self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version)
+        # With the adapters merged in once, not at each use.
+        return Forecaster(self._copied(), self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version)
 
     # ------------------------------------------------------------------ passes
 
@@ -223,6 +217,7 @@ class Trainee(Learner):
         self._network.interest = nn.Parameter(network["interest"].to(self._device))
         self._network.bias = nn.Parameter(network["bias"].to(self._device))
         self._network.load_state_dict(network)
+        self._copy = None
         adapted = self._first_row is not None
         self._optimiser = (
             AdapterOptimiser(self._network, self._learning, self._first_row or 0)

@@ -418,6 +418,9 @@ def evaluate(
         str | None, typer.Option(help="Names with commas, module:Class of your own, or all; driftline and two rules.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Passes of what has a seed: 0, 1, ...")] = 1,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="In place of 0: seeds one by one, in processes beside each other.")
+    ] = 0,
     horizon: Annotated[int | None, typer.Option(min=1, max=50, help="Steps ahead; forecast.steps.")] = None,
     weights_delay: Annotated[
         str,
@@ -471,6 +474,7 @@ def evaluate(
         else tuple(models.split(",")),
         report_from=report_from,
         seeds=seeds,
+        first_seed=first_seed,
         horizon=horizon or config.forecast.steps,
         delay=Delay.parse(weights_delay),
         initial=None if origin is None else load_initial(origin, config.network, key="--from"),

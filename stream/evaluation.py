@@ -117,7 +117,7 @@ class Wanted:
     Attributes:
         models: of MODELS, or `module:Class` of a Ranker of somebody's own.
         report_from: figures count from this share of the events on.
-        seeds: passes of what has a seed: 0, 1, ...
+        seeds, first_seed: passes of what has a seed: from `first_seed` on.
         horizon: steps ahead.
         initial: trained weights, for the models of TUNED.
         tuning: of these: rate, rank, and whether the interests are other ones.
@@ -126,6 +126,7 @@ class Wanted:
     models: Sequence[str] = DEFAULT_MODELS
     report_from: float = 0.5
     seeds: int = 1
+    first_seed: int = 0
     horizon: int = 5
     delay: Delay = Delay()
     initial: Initial | None = None
@@ -247,7 +248,7 @@ def evaluate(stream: Stream, config: Config, wanted: Wanted, on_progress: OnProg
         if name in named or name in RULES:
             outcomes.append(run_rule(name, named.get(name) or RULES[name], stream, wanted, on_progress))
             continue
-        for seed in range(wanted.seeds):
+        for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
             if name in TRAINED:
                 outcomes += run_trained(name, stream, wanted, seed, on_progress)
             else:

@@ -63,6 +63,16 @@ def kafka_bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip(f"no Kafka broker: {error}")
 
 
+@pytest.fixture
+def cuda() -> str:
+    """The name of a CUDA device; without one the test is skipped."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return "cuda"
+
+
 @pytest.fixture(params=["memory", "embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
 def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Transport]:
     """Each log in turn, empty (Kafka: shared by the run, so names of topics, groups and ids come from `unique`)."""

@@ -15,6 +15,7 @@ from models.gru import Network
 from models.history import Users, previous_events
 from models.learner import Learner
 from models.optimiser import Optimiser
+from models.profile import AGGREGATE_COUNT, HIDDEN
 from models.settings import LearningSettings, NetworkSettings
 from models.snapshot import Weights
 
@@ -22,8 +23,15 @@ NETWORK = NetworkSettings(interest_width=16, item_rows=64, item_width=4, copy_wi
 LEARNING = LearningSettings(warmup_steps=5, step_events=32, history_events=2_048, backlog_events=1_024)
 
 
-def fresh(learning: LearningSettings = LEARNING, seed: int = 1) -> Learner:
-    return Learner(NETWORK, learning, seed=seed, device="cpu")
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn; a GPU only where there is one."""
+    name: str = request.param
+    return name if name == "cpu" else request.getfixturevalue("cuda")
+
+
+def fresh(learning: LearningSettings = LEARNING, seed: int = 1, device: str = "cpu") -> Learner:
+    return Learner(NETWORK, learning, seed=seed, device=device)
 
 
 def feed(learner: Learner, events: EventColumns, span: slice, **how: Any) -> None:
@@ -35,10 +43,10 @@ def stream(count: int, seed: int = 2) -> EventColumns:
     return rounds(np.random.default_rng(seed), count)
 
 
-def test_it_learns_what_follows_what() -> None:
+def test_it_learns_what_follows_what(device: str) -> None:
     """Users who go round in one order: the loss falls far below that of the rule it starts as."""
     events = stream(6_000)
-    learner = fresh()
+    learner = fresh(device=device)
     losses = []
     for start in range(0, 6_000, 500):
         feed(learner, events, slice(start, start + 500))
@@ -57,6 +65,14 @@ def test_a_step_needs_its_events_and_every_event_is_learned_once() -> None:
     report = learner.learn(10)
     assert (report.steps, report.events, report.shed) == (4, 128, 0)
     assert learner.learn(10).events == 0
+
+
+def test_a_stream_that_begins_with_nothing_but_new_interests(device: str) -> None:
+    """No interest has entered the vocabulary when the first events are replayed: learning goes on."""
+    learner = fresh(device=device)
+    feed(learner, made([n % 7 for n in range(128)], list(range(1, 129))), slice(0, 128))
+    report = learner.learn(10)
+    assert (report.events, len(learner._vocabulary)) == (128, 0)
 
 
 def test_an_event_sent_twice_is_learned_once() -> None:
@@ -103,10 +119,10 @@ def test_auxiliary_losses_can_be_left_out() -> None:
         assert not torch.equal(after["copy_score.weight"], start["copy_score.weight"])
 
 
-def test_versions_count_up_and_do_not_change_afterwards() -> None:
+def test_versions_count_up_and_do_not_change_afterwards(device: str) -> None:
     """weights_bytes is the next version; weights taken before a step stay as they were."""
     events = stream(200)
-    learner = fresh()
+    learner = fresh(device=device)
     feed(learner, events, slice(0, 200))
     assert learner.version == 0
     learner.learn(1)
@@ -119,14 +135,14 @@ def test_versions_count_up_and_do_not_change_afterwards() -> None:
     assert Forecaster.from_weights(Weights.from_bytes(payload)).version == 1
 
 
-def test_a_restored_learner_goes_on_where_it_stood() -> None:
+def test_a_restored_learner_goes_on_where_it_stood(device: str) -> None:
     """With its histories observed again, it takes the same steps on the same events, also on those that waited."""
     events = stream(1_200)
-    whole = fresh()
+    whole = fresh(device=device)
     feed(whole, events, slice(0, 800))
     whole.learn(20)
     assert len(whole._waiting) == 160
-    back = Learner.restore(whole.state_bytes(), NETWORK, LEARNING, device="cpu")
+    back = Learner.restore(whole.state_bytes(), NETWORK, LEARNING, device=device)
     assert back.weights_bytes() == whole.weights_bytes()
     feed(back, events, slice(0, 800), learn=False)
     assert len(back._waiting) == 160
@@ -135,7 +151,7 @@ def test_a_restored_learner_goes_on_where_it_stood() -> None:
     reports = [learner.learn(100) for learner in (whole, back)]
     assert [r.events for r in reports] == [544, 544]
     assert reports[0].loss == pytest.approx(reports[1].loss, abs=0.4)  # states and replay are those of another history
-    again = Learner.restore(back.state_bytes(), NETWORK, LEARNING, device="cpu")
+    again = Learner.restore(back.state_bytes(), NETWORK, LEARNING, device=device)
     feed(again, events, slice(0, 1_200), learn=False)
     assert len(again._waiting) == 16
 
@@ -159,10 +175,10 @@ def test_a_backlog_over_its_bound_is_shed_and_counted() -> None:
     assert learner._vocabulary.events == 3_000
 
 
-def test_a_loss_that_is_not_finite_never_reaches_the_optimiser() -> None:
+def test_a_loss_that_is_not_finite_never_reaches_the_optimiser(device: str) -> None:
     """The step is skipped and counted, the weights stay bit for bit, and learning goes on afterwards."""
     events = stream(200)
-    learner = fresh()
+    learner = fresh(device=device)
     feed(learner, events, slice(0, 128))
     learner.learn(2)
     before = {n: t.clone() for n, t in learner._network.state_dict().items()}
@@ -198,12 +214,12 @@ def test_growth_keeps_rows_and_their_sums() -> None:
     assert optimiser.step(1.0)
 
 
-def test_a_reused_row_starts_anew() -> None:
+def test_a_reused_row_starts_anew(device: str) -> None:
     """An interest that inherits a row inherits neither weights, nor bias, nor sums, nor followers."""
     learning = LearningSettings(
         warmup_steps=1, step_events=32, history_events=16_384, backlog_events=8_192, interest_ttl_events=1_000
     )
-    learner = fresh(learning)
+    learner = fresh(learning, device=device)
     feed(learner, made([0, 1] * 32, [5, 6] * 32), slice(0, 64))
     learner.learn(2)
     row = NETWORK.hashed_rows + int(learner._vocabulary.find(np.array([5], np.uint32))[0])
@@ -282,16 +298,74 @@ def test_a_rise_of_the_loss_raises_the_rates_for_a_while() -> None:
     assert learner._boost_steps == 0
 
 
+# ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @pytest.mark.gpu
-def test_it_learns_on_a_gpu() -> None:
-    """The same stream on a CUDA device: the loss falls, and the forecaster works on the CPU."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    events = stream(2_000)
-    learner = Learner(NETWORK, LEARNING, seed=1, device="cuda")
-    losses = []
-    for start in range(0, 2_000, 500):
-        feed(learner, events, slice(start, start + 500))
-        losses.append(learner.learn(100).loss)
-    assert losses[-1] < losses[0]
-    assert Forecaster.from_weights(Weights.from_bytes(learner.weights_bytes())).version == 1
+def test_a_gpu_takes_the_same_steps(cuda: str) -> None:
+    """Same seed, same events: losses as on the CPU, and weights that moved the same way."""
+    events = stream(1_000)
+    losses: dict[str, list[float]] = {}
+    tensors = {}
+    for device in ("cpu", cuda):
+        learner = fresh(device=device)
+        losses[device] = []
+        for start in range(0, 1_000, 100):
+            feed(learner, events, slice(start, start + 100))
+            losses[device].append(learner.learn(100).loss)
+        tensors[device] = learner.weights().tensors
+    assert losses[cuda] == pytest.approx(losses["cpu"], rel=0.01)
+    start = fresh().weights().tensors
+    for name in (
+        n for n, t in start.items() if n.startswith("network.") and t.size > 100 and len(t) == len(tensors[cuda][n])
+    ):
+        ours, theirs = ((tensors[device][name] - start[name]).ravel() for device in (cuda, "cpu"))
+        assert ours @ theirs > 0.9 * np.linalg.norm(ours) * np.linalg.norm(theirs) > 0, name
+
+
+@pytest.mark.gpu
+def test_forecasts_beside_a_gpu_are_those_of_its_weights(cuda: str) -> None:
+    """The learner's own forecaster, on the CPU, follows every step, growth and count, as its serialised weights do."""
+    events = stream(400)
+    learner = fresh(device=cuda)
+    gap_s, aggregates = np.zeros(8, np.float32), np.zeros((8, AGGREGATE_COUNT), np.float32)
+    hidden = np.zeros((40, HIDDEN), np.float32)
+    last: Any = None
+    for start in range(0, 400, 100):
+        feed(learner, events, slice(start, start + 100))
+        assert learner.learn(1).steps == 1
+        few = events.take(slice(start, start + 8))
+        ours = learner.forecaster().encode(few, gap_s, aggregates, hidden)[1]
+        theirs = Forecaster.from_weights(learner.weights()).encode(few, gap_s, aggregates, hidden)[1]
+        assert ours == pytest.approx(theirs, abs=1e-6)
+        assert last is None or not np.array_equal(learner._network.gru.weight_hh_l0.detach().cpu().numpy(), last)
+        last = learner._network.gru.weight_hh_l0.detach().cpu().numpy()
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_learned_goes_on_elsewhere(cuda: str) -> None:
+    """A state moves between devices both ways with AdamW's moments and steps: the next losses are the same."""
+    events = stream(900)
+    for origin, target in ((cuda, "cpu"), ("cpu", cuda)):
+        first = fresh(device=origin)
+        feed(first, events, slice(0, 600))
+        first.learn(100)
+        payload = first.state_bytes()
+        losses = []
+        for device in (origin, target):
+            back = Learner.restore(payload, NETWORK, LEARNING, device=device)
+            assert back._optimiser.steps == 18
+            feed(back, events, slice(0, 600), learn=False)
+            feed(back, events, slice(600, 900))
+            report = back.learn(100)
+            assert (report.events, report.skipped_non_finite) == (320, 0)
+            losses.append(report.loss)
+        assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_gpu(cuda: str) -> None:
+    """Without a word about the device the network is on the GPU, fresh and restored."""
+    learner = Learner(NETWORK, LEARNING, seed=1)
+    assert learner._network.bias.is_cuda
+    assert Learner.restore(learner.state_bytes(), NETWORK, LEARNING)._network.bias.is_cuda

@@ -31,6 +31,7 @@ from stream.errors import ConfigError, Corrupt, Retryable
 from stream.loading import load
 from stream.memory import MemoryLog
 from stream.transport import TopicSpec
+from stream.workload import workload
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("network.item_rows=16", "network.interest_width=8")
@@ -272,6 +273,35 @@ def test_a_gpu_that_is_not_there_is_a_mistake_in_the_settings(log: MemoryLog, ke
         learner.close()
     with pytest.raises(ConfigError, match=r"learner\.device is 'cuda:63'.*set auto or cpu"):
         make_learner(settings(*SMALL, "learner.device=cuda:63"), log, Silent(), threading.Event())
+
+
+@pytest.mark.gpu
+def test_weights_of_a_gpu_reach_a_worker_and_the_next_learner(log: MemoryLog, cuda: str) -> None:
+    """What a learner on a GPU publishes is taken by a pipeline on the CPU; a learner after it goes on from there."""
+    config = settings(*SMALL, f"learner.device={cuda}", "learner.publish_interval_s=0", "topics.partitions=1")
+    create(log, config)
+    work = workload(2_000, users=50, interests=40)
+    producer = log.producer(transactional_id="test.events")
+    pipeline = make_pipeline(config)
+    swap = WeightsSwap(log, "weights", pipeline, config.network, SteppedClock())
+    steps = []
+    for half in (slice(0, 1_000), slice(1_000, 2_000)):
+        producer.begin()
+        for key, value in zip(work.keys()[half], work.values()[half], strict=True):
+            producer.send("events", 0, key, value)
+        producer.flush()
+        producer.commit()
+        learner = make_learner(config, log, Silent(), threading.Event())
+        while learner.turn():
+            pass
+        swap.swap()
+        assert pipeline.weights_version == learner.model.version > 0
+        assert len(pipeline.forecaster.keys_V) > 10
+        steps.append(learner.model._optimiser.steps)  # type: ignore[attr-defined]
+        learner.close()
+    assert steps == [1_000 // 64, 2_000 // 64]
+    producer.close()
+    swap.close()
 
 
 def test_a_learner_does_not_go_on_with_other_settings(log: MemoryLog) -> None:

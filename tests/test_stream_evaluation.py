@@ -260,6 +260,9 @@ def test_seeds_give_a_row_each_and_a_mean(tmp_path: Path) -> None:
     assert ours[2]["mrr"] == pytest.approx((ours[0]["mrr"] + ours[1]["mrr"]) / 2, abs=1e-6)
     assert ours[2]["sd"]["mrr"] == pytest.approx(abs(ours[0]["mrr"] - ours[1]["mrr"]) / 2**0.5, abs=1e-6)
     assert [r["seed"] for r in rows if (r["model"], r["stratum"], r["horizon"]) == ("markov", "all", 1)] == [0]
+    alone = run(shop(300), "driftline", seeds=1, first_seed=1, horizon=2)[2]
+    timeless = [{key: r[key] for key in r.keys() - {"events_per_s", "peak_mb", "sd"}} for r in (alone[0], ours[1])]
+    assert timeless[0] == timeless[1]
     write_evaluation(tmp_path / "e.html", "a <title>", stream, outcomes, rows, Wanted(horizon=2))
     text = (tmp_path / "e.html").read_text()
     assert "a &lt;title&gt;" in text and text.count("<section>") == 5 and "driftline" in text and "±" in text

@@ -49,8 +49,8 @@ def train(folder: Path, *, kill_at: int = 10**9, resume: bool = False, **given: 
             raise Killed
 
     around = Around(folder=folder, clock=Ticks(), on_progress=progress, every_s=3.0)
-    tuning, initial = given.get("tuning", USUAL), given.get("initial")
-    Pretraining(stream_of(), CONFIG, PLAN, tuning, around, "category", initial).run(resume=resume)
+    tuning, initial, config = given.get("tuning", USUAL), given.get("initial"), given.get("config", CONFIG)
+    Pretraining(stream_of(), config, PLAN, tuning, around, "category", initial).run(resume=resume)
     return saved_weights.read(folder, CHECKPOINT, CheckpointFacts)[2]
 
 
@@ -140,3 +140,23 @@ def test_the_evaluation_goes_on_from_a_checkpoint(whole: Path) -> None:
     assert 0 < shares["driftline_adapters"] < 0.1
     with pytest.raises(ConfigError, match="--from"):
         evaluate(stream, CONFIG, Wanted(models=names[1:2]), lambda *_: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["online", "adapters"])
+def test_a_training_on_a_gpu_is_gone_on_with(whole: Path, tmp_path: Path, cuda: str, how: Any) -> None:
+    """Killed in its second epoch and gone on with there: epochs like those of the CPU."""
+    initial = None if how == "online" else load_initial(whole, CONFIG.network, key="--from")
+    config = msgspec.structs.replace(CONFIG, learner=msgspec.structs.replace(CONFIG.learner, device=cuda))
+    given: dict[str, Any] = {"initial": initial, "tuning": Tuning(how=how)}
+    with pytest.raises(Killed):
+        train(tmp_path / "cuda", kill_at=14, config=config, **given)
+    train(tmp_path / "cuda", resume=True, config=config, **given)
+    train(tmp_path / "cpu", **given)
+    losses = []
+    for name in ("cuda", "cpu"):
+        facts = saved_weights.read(tmp_path / name, CHECKPOINT, CheckpointFacts)[1]
+        losses.append([epoch["held_loss"] for epoch in facts.training["epochs"]])
+        load_initial(tmp_path / name, CONFIG.network, key="--from")
+    assert len(losses[0]) == PLAN.epochs
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
