@@ -83,26 +83,38 @@ class KafkaLog:
             )
         source = iter(records)
         count = 0
-        doing = f"append to {topic}-{partition}"
-        while True:
-            with translating(doing):
-                sent = [
-                    self._writer.send(topic, value, key, None, partition, timestamp_ms)
-                    for key, value, timestamp_ms in islice(source, _APPEND_RECORDS)
-                ]
-                self._writer.flush(timeout=_APPEND_TIMEOUT_S)
-            for future in sent:
-                if not future.succeeded():
-                    raise translated(future.exception or errors.KafkaTimeoutError("not stored in time"), doing)
-            count += len(sent)
-            if len(sent) < _APPEND_RECORDS:
-                return count
+        try:
+            while taken := self._append(self._writer, topic, partition, islice(source, _APPEND_RECORDS)):
+                count += taken
+        except BaseException:  # a client that had to give up a record under way never sends another one
+            self._end_writer()
+            raise
+        return count
 
-    def close(self) -> None:
-        """Close the log's own clients; what was created from it is closed by its owner. Idempotent."""
+    def _append(
+        self,
+        writer: ProducerClient,
+        topic: str,
+        partition: int,
+        records: Iterable[tuple[bytes | None, bytes | None, int]],
+    ) -> int:
+        doing = f"append to {topic}-{partition}"
+        with translating(doing):
+            sent = [writer.send(topic, value, key, None, partition, at_ms) for key, value, at_ms in records]
+            writer.flush(timeout=_APPEND_TIMEOUT_S)
+        for future in sent:
+            if not future.succeeded():
+                raise translated(future.exception or errors.KafkaTimeoutError("not stored in time"), doing)
+        return len(sent)
+
+    def _end_writer(self) -> None:
         if self._writer is not None:
             shut(self._writer)
             self._writer = None
+
+    def close(self) -> None:
+        """Close the log's own clients; what was created from it is closed by its owner. Idempotent."""
+        self._end_writer()
         if self._admin is not None:
             with hushed():
                 self._admin.close()

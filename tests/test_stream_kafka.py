@@ -117,6 +117,23 @@ def test_a_lost_record_stops_the_commit(own_broker: Broker) -> None:
 
 
 @pytest.mark.kafka
+def test_appends_go_on_after_one_that_expired(own_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose record expired on its way sends nothing any more: the log takes a new one for the next append."""
+    monkeypatch.setattr("stream.kafka._APPEND_TIMEOUT_S", 3.0)
+    log = KafkaLog({"bootstrap_servers": own_broker.bootstrap, "request_timeout_ms": 1_000})
+    topic = new_topic(log)
+    log.append(topic, 0, [(b"k", b"before", 1)])
+    os.kill(own_broker.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(Retryable):
+            log.append(topic, 0, [(b"k", b"expired", 1)])
+    finally:
+        os.kill(own_broker.pid, signal.SIGCONT)
+    assert log.append(topic, 1, [(b"k", b"after", 1)]) == 1
+    log.close()
+
+
+@pytest.mark.kafka
 def test_a_refused_record_stops_the_commit(log: KafkaLog) -> None:
     """Trap 1: so is one that the broker refuses, here for its size."""
     topic = new_topic(log, max_message_bytes="2000")
