@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -27,6 +28,8 @@ from models.shift_rule import Rule, fixed_rule
 
 if TYPE_CHECKING:
     from models.shift import ShiftSettings
+
+    Stream = Callable[[Histories, ShiftSettings], npt.NDArray[np.float64]]
 
 F64 = npt.NDArray[np.float64]
 BOOL = npt.NDArray[np.bool_]
@@ -100,7 +103,7 @@ class StreamDetector:
         self,
         name: str,
         settings: ShiftSettings,
-        stream: Callable[[Histories, ShiftSettings], F64],
+        stream: Stream,
         make: Callable[[float], Any],
         knobs: tuple[float, float],
         rounds: int = 12,
@@ -165,9 +168,10 @@ def session_stream(histories: Histories, settings: ShiftSettings) -> F64:
     return stream
 
 
-def _squashed(stream: Callable[[Histories, ShiftSettings], F64]) -> Callable[[Histories, ShiftSettings], F64]:
+def _squashed(stream: Stream, histories: Histories, settings: ShiftSettings) -> F64:
     """Into 0..1, for detectors that ask for it."""
-    return lambda histories, settings: 1.0 / (1.0 + np.exp(-stream(histories, settings)))
+    squashed: F64 = 1.0 / (1.0 + np.exp(-stream(histories, settings)))
+    return squashed
 
 
 class _Binary:
@@ -193,28 +197,31 @@ DETECTORS = (
 )
 
 
+def _adwin(knob: float) -> Any:
+    adaptive: Any = ADWIN  # its signature has no types
+    return adaptive(delta=min(1.0, math.exp(-knob)), grace_period=5, clock=1, min_window_length=3)
+
+
+def _page_hinkley(knob: float) -> Any:
+    return PageHinkley(min_instances=5, delta=0.1, threshold=knob, alpha=1 - 1e-4, mode="up")
+
+
+def _kswin(knob: float) -> Any:
+    return KSWIN(alpha=min(0.99, math.exp(-knob)), window_size=40, stat_size=15, seed=7)
+
+
 def river_detectors(settings: ShiftSettings, *, slow: bool = True) -> list[Detector]:
     """The detectors of river on the three streams; HDDM_W and KSWIN, which take their time, only if `slow`."""
-
-    adaptive: Any = ADWIN  # its signature has no types
-
-    def adwin(knob: float) -> Any:
-        return adaptive(delta=min(1.0, math.exp(-knob)), grace_period=5, clock=1, min_window_length=3)
-
-    def page_hinkley(knob: float) -> Any:
-        return PageHinkley(min_instances=5, delta=0.1, threshold=knob, alpha=1 - 1e-4, mode="up")
-
-    def kswin(knob: float) -> Any:
-        return KSWIN(alpha=min(0.99, math.exp(-knob)), window_size=40, stat_size=15, seed=7)
-
     streams = (("z", ratio_stream), ("surprisal", surprisal_stream), ("session", session_stream))
     found: list[Detector] = []
     for name, stream in streams:
-        found.append(StreamDetector(f"river_adwin_{name}", settings, stream, adwin, (0.02, 60.0)))
-        found.append(StreamDetector(f"river_pagehinkley_{name}", settings, stream, page_hinkley, (0.1, 3_000.0)))
+        found.append(StreamDetector(f"river_adwin_{name}", settings, stream, _adwin, (0.02, 60.0)))
+        found.append(StreamDetector(f"river_pagehinkley_{name}", settings, stream, _page_hinkley, (0.1, 3_000.0)))
     for name, stream in streams if slow else ():
-        found.append(StreamDetector(f"river_hddm_w_{name}", settings, _squashed(stream), _Binary, (0.05, 200.0), 8))
-        found.append(StreamDetector(f"river_kswin_{name}", settings, stream, kswin, (0.3, 60.0), 7))
+        found.append(
+            StreamDetector(f"river_hddm_w_{name}", settings, partial(_squashed, stream), _Binary, (0.05, 200.0), 8)
+        )
+        found.append(StreamDetector(f"river_kswin_{name}", settings, stream, _kswin, (0.3, 60.0), 7))
     return found
 
 

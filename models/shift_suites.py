@@ -14,7 +14,9 @@ raises the same rate of alarms, or delays could not be compared.
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from models.shift import GroupTable, Reason, ShiftSettings, reasons
 from models.shift_baselines import (
     Detector,
     DummyDetector,
+    Outcome,
     RuleDetector,
     frozen_detector,
     river_detectors,
@@ -181,9 +184,9 @@ def detectors(study: Study, names: Sequence[str] | None) -> list[Detector]:
 # ---------------------------------------------------------------------- S0
 
 
-def rate_row(study: Study, detector: Detector, knob: float, suite: str = "S0") -> Row:
-    """The rate in real order, with a Poisson interval."""
-    found = detector.outcome(study.reported, knob)
+def rate_row(study: Study, detector: Detector, knob: float, suite: str = "S0", found: Outcome | None = None) -> Row:
+    """The rate in real order, with a Poisson interval. `found`: what the detector said there, where that is known."""
+    found = found or detector.outcome(study.reported, knob)
     alarms = int(found.alarm_B.sum())
     low, high = _poisson_interval(alarms)
     return Row(
@@ -209,9 +212,18 @@ def _poisson_interval(count: int) -> tuple[float, float]:
 # ---------------------------------------------------------------------- S1, S2, S6
 
 
-def delay_row(study: Study, detector: Detector, knob: float, made: Splices, suite: str, *, ages: bool = False) -> Row:
+def delay_row(
+    study: Study,
+    detector: Detector,
+    knob: float,
+    made: Splices,
+    suite: str,
+    *,
+    ages: bool = False,
+    found: Outcome | None = None,
+) -> Row:
     """Delays on made shifts, with intervals by bootstrap over users; with `ages` every age counts the same."""
-    found = detector.outcome(made.runs, knob)
+    found = found or detector.outcome(made.runs, knob)
     delay, counts = delays(made, found.alarm_B, study.settings.refractory_events)
     before = np.arange(len(made.runs)) - made.runs.first[made.runs.user] < made.at[made.runs.user]
     false_alarms = int((found.alarm_B & before).sum())
@@ -387,13 +399,13 @@ def _labelled(study: Study, detector: Detector, labels: Labels, score_K: F64) ->
 # ---------------------------------------------------------------------- S7
 
 
-def meaning_row(study: Study, detector: Detector, knob: float) -> Row:
+def meaning_row(study: Study, detector: Detector, knob: float, found: Outcome | None = None) -> Row:
     """S7: do the events since an alarm's onset foretell the next ones better than those before it?
 
     Beside it the same at random moments of the same users with as many events since a made-up onset.
     """
     users = study.reported
-    found = detector.outcome(users, knob)
+    found = found or detector.outcome(users, knob)
     first, rng = users.first, np.random.default_rng(study.seed + 3)
     real, random, owner, early = [], [], [], []
     for place in np.flatnonzero(found.alarm_B).tolist():
@@ -499,8 +511,12 @@ def study_rows(
     names: Sequence[str] | None,
     labels: Labels | None,
     on_progress: Callable[[str, int, int], None],
+    processes: int = 1,
 ) -> Iterator[Row]:
     """All rows of the suites, one detector after the other; `names`: of which detectors, None = all.
+
+    Args:
+        processes: how many detectors are measured at a time, each in a process; the rows are the same.
 
     Raises:
         ValueError: too few users with a history.
@@ -508,20 +524,17 @@ def study_rows(
     on_progress("fitting and calibrating our own rules", 0, 1)
     found = detectors(study, names)
     made = made_shifts(study)
-    soft = softened(made, study.settings, study.seed + 4) if "S2" in suites else made
-    truth = planted(study.reported, study.seed + 2) if "S3" in suites else None
-    for done, detector in enumerate(found):
+    trial = _Trial(
+        study=study,
+        suites=tuple(suites),
+        made=made,
+        soft=softened(made, study.settings, study.seed + 4) if "S2" in suites else made,
+        truth=planted(study.reported, study.seed + 2) if "S3" in suites else None,
+        labels=labels,
+    )
+    for done, (detector, rows) in enumerate(_each(trial, found, processes)):
         on_progress(detector.name, done, len(found))
-        if "S0" in suites:
-            ours = isinstance(detector, RuleDetector) and detector.name != "frozen"
-            yield rate_row(study, detector, 1.0 if ours else set_knob(detector, study.tuned, study.false_alarm_events))
-        if {"S1", "S2", "S3", "S6", "S7"} & set(suites):
-            knob = set_knob(detector, study.reported, study.false_alarm_events)
-            measured = rate_row(study, detector, knob)
-            for row in _matched_rows(study, detector, knob, made, soft, truth, suites):
-                yield replace(row, measured_arl0=measured.measured_arl0, expected_alarms=measured.expected_alarms)
-        if labels is not None and "S5" in suites and isinstance(detector, RuleDetector):
-            yield labelled_row(study, detector, labels)
+        yield from rows
     if "S4" in suites:
         on_progress("surges", len(found), len(found))
         made_surges = surge_trials(study.seed + 5, settings=study.settings, trials=6)
@@ -534,23 +547,73 @@ def study_rows(
         )
 
 
-def _matched_rows(
-    study: Study,
-    detector: Detector,
-    knob: float,
-    made: Splices,
-    soft: Splices,
-    truth: Planted | None,
-    suites: Sequence[str],
-) -> Iterator[Row]:
-    """The suites in which every detector's knob is set to the same rate."""
-    if "S1" in suites:
-        yield delay_row(study, detector, knob, made, "S1")
-    if "S2" in suites:
-        yield delay_row(study, detector, knob, soft, "S2")
-    if truth is not None:
-        yield planted_row(study, detector, knob, truth)
-    if "S6" in suites:
-        yield delay_row(study, detector, knob, made, "S6", ages=True)
-    if "S7" in suites:
-        yield meaning_row(study, detector, knob)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trial:
+    """What every detector is measured on."""
+
+    study: Study
+    suites: tuple[str, ...]
+    made: Splices
+    soft: Splices
+    truth: Planted | None
+    labels: Labels | None
+
+    def rows(self, detector: Detector) -> list[Row]:
+        """All rows of one detector."""
+        return list(self._rows(detector))
+
+    def _rows(self, detector: Detector) -> Iterator[Row]:
+        study, suites, labels = self.study, self.suites, self.labels
+        if "S0" in suites:
+            ours = isinstance(detector, RuleDetector) and detector.name != "frozen"
+            yield rate_row(study, detector, 1.0 if ours else set_knob(detector, study.tuned, study.false_alarm_events))
+        if {"S1", "S2", "S3", "S6", "S7"} & set(suites):
+            knob = set_knob(detector, study.reported, study.false_alarm_events)
+            said = detector.outcome(study.reported, knob)
+            measured = rate_row(study, detector, knob, found=said)
+            for row in self._matched(detector, knob, said):
+                yield replace(row, measured_arl0=measured.measured_arl0, expected_alarms=measured.expected_alarms)
+        if labels is not None and "S5" in suites and isinstance(detector, RuleDetector):
+            yield labelled_row(study, detector, labels)
+
+    def _matched(self, detector: Detector, knob: float, said: Outcome) -> Iterator[Row]:
+        """The suites in which every detector's knob is set to the same rate; `said` is of the real order."""
+        study, suites, made = self.study, self.suites, self.made
+        found = detector.outcome(made.runs, knob) if {"S1", "S6"} & set(suites) else None
+        if "S1" in suites:
+            yield delay_row(study, detector, knob, made, "S1", found=found)
+        if "S2" in suites:
+            yield delay_row(study, detector, knob, self.soft, "S2")
+        if self.truth is not None:
+            yield planted_row(study, detector, knob, self.truth)
+        if "S6" in suites:
+            yield delay_row(study, detector, knob, made, "S6", ages=True, found=found)
+        if "S7" in suites:
+            yield meaning_row(study, detector, knob, found=said)
+
+
+_trial_here: _Trial  # in a process that measures
+
+
+def _take(trial: _Trial) -> None:
+    global _trial_here
+    _trial_here = trial
+
+
+def _rows_here(detector: Detector) -> list[Row]:
+    return _trial_here.rows(detector)
+
+
+def _each(trial: _Trial, found: Sequence[Detector], processes: int) -> Iterator[tuple[Detector, list[Row]]]:
+    """Every detector with its rows, in order."""
+    if processes <= 1 or len(found) <= 1:
+        for detector in found:
+            yield detector, trial.rows(detector)
+        return
+    with ProcessPoolExecutor(
+        min(processes, len(found)), multiprocessing.get_context("spawn"), initializer=_take, initargs=(trial,)
+    ) as pool:
+        # the slow ones stand at the end: begun first, they do not keep one process busy alone
+        waiting = {detector.name: pool.submit(_rows_here, detector) for detector in reversed(found)}
+        for detector in found:
+            yield detector, waiting[detector.name].result()

@@ -625,6 +625,7 @@ def evaluate_shifts(
     ] = 0.5,
     window: Annotated[int | None, typer.Option(min=20, help="A made shift is missed after so many events.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the halves and the made shifts.")] = 0,
+    processes: Annotated[int, typer.Option(min=0, help="Detectors measured at a time; 0 = one a core.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The last line is JSON with all rows.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and stories.")] = None,
 ) -> None:
@@ -651,7 +652,7 @@ def evaluate_shifts(
         events = shifts.read_histories(source)
     say_counts(console, source)
     with evaluation_progress(console, "detectors") as show:
-        rows = shifts.evaluate_shifts(events, blocks, config.shift, wanted, show)
+        rows = shifts.evaluate_shifts(events, blocks, config.shift, wanted, show, processes or os.cpu_count() or 1)
     print_shifts(Console(), rows, same_users=test_users >= 1)
     if html is not None:
         from stream.shift_report import write_shift_report

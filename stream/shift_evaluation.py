@@ -166,9 +166,14 @@ def asked(
 
 
 def evaluate_shifts(
-    file: EventFile, labels: LabelFile | None, settings: ShiftSettings, wanted: Asked, on_progress: OnProgress
+    file: EventFile,
+    labels: LabelFile | None,
+    settings: ShiftSettings,
+    wanted: Asked,
+    on_progress: OnProgress,
+    processes: int = 1,
 ) -> list[Row]:
-    """The rows of every requested rate.
+    """The rows of every requested rate; `processes`: how many detectors are measured at a time.
 
     Raises:
         ConfigError: too few users or events for it.
@@ -181,7 +186,12 @@ def evaluate_shifts(
     for rate in wanted.arl0:
         try:
             rows += study_rows(
-                study_of(file, labels, settings, wanted, rate), suites, wanted.detectors, blocks, on_progress
+                study_of(file, labels, settings, wanted, rate),
+                suites,
+                wanted.detectors,
+                blocks,
+                on_progress,
+                processes,
             )
         except ValueError as error:
             raise ConfigError(f"too little to evaluate on: {error}; take a longer file, or --test-users 1") from error

@@ -14,7 +14,7 @@ import pytest
 
 from models.shift import ShiftSettings
 from stream.errors import ConfigError
-from stream.shift_evaluation import asked, evaluate_shifts, read_histories, read_labels
+from stream.shift_evaluation import asked, evaluate_shifts, further_row, json_row, read_histories, read_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {
@@ -110,3 +110,23 @@ def test_too_few_users_are_an_error_that_says_so() -> None:
             asked(None, None, "500", 0.5, None, 0, labels=False),
             lambda *_: None,
         )
+
+
+def test_detectors_measured_in_processes_give_the_same_rows(tmp_path: Path) -> None:
+    """How many detectors are measured at a time changes neither the rows nor their order."""
+    with shop(tmp_path / "events.csv").open(newline="") as file:
+        events = read_histories(
+            {"user": row["who"], "interest": row["what"], "time": int(row["when"]) * 1_000}
+            for row in csv.DictReader(file)
+        )
+    names = "driftline_event,dummy,river_pagehinkley_session,river_hddm_w_z"
+    wanted = asked("S0,S1,S6,S7", names, "100", 0.5, None, 0, labels=False)
+    one, two = (
+        [further_row(row) | json_row(row) for row in evaluate_shifts(events, None, ShiftSettings(), wanted, quiet, n)]
+        for n in (1, 2)
+    )
+    assert one == two and len(one) == 16
+
+
+def quiet(*_: object) -> None:
+    """No progress is shown."""
