@@ -83,16 +83,17 @@ class Watch:
             reader.close()
             transport.close()
 
-    def close(self, reader: Any) -> list[str]:
-        """End it; what it saw must be what lies there now."""
+    def close(self, reader: Any, wait_s: float) -> list[str]:
+        """End it; what it saw must be what lies there now. A read that brings nothing for `wait_s` is at the end."""
+        there = {tp: _all(reader, tp, wait_s) for tp in self.seen}
         for _ in range(100):  # it reads on until it has all
-            if all(len(seen) >= len(_all(reader, tp)) for tp, seen in self.seen.items()):
+            if all(len(seen) >= len(there[tp]) for tp, seen in self.seen.items()):
                 break
             time.sleep(0.1)
         self._stop.set()
         self._thread.join(60)
         for tp, seen in self.seen.items():
-            if seen != _all(reader, tp):
+            if seen != there[tp]:
                 self.problems.append(f"I2: a reader during the faults saw another {tp.topic}-{tp.partition}")
         return self.problems
 
@@ -107,10 +108,10 @@ class Watch:
         raise AssertionError(f"I8: no progress in partitions {partitions} within {patience_s} s")
 
 
-def _all(reader: Any, tp: TopicPartition) -> list[tuple[int, bytes | None]]:
+def _all(reader: Any, tp: TopicPartition, wait_s: float) -> list[tuple[int, bytes | None]]:
     found: list[tuple[int, bytes | None]] = []
     offset = 0
-    while records := reader.read(tp, offset, 0.5 if reader.__class__.__module__ == "stream.kafka" else 0.0, 5_000):
+    while records := reader.read(tp, offset, wait_s, 5_000):
         found += [(record.offset, record.value) for record in records]
         offset = records[-1].offset + 1
     return found
@@ -177,6 +178,7 @@ class Site:
         self.reports: list[dict[str, Any]] = []
         self._notes = tempfile.TemporaryDirectory(prefix="driftline-notes-")
         self.watch = Watch(log, self.names, self.prefix + "app")
+        self.wait_s = 0.5 if self.transport.name == "kafka" else 0.0  # nothing for so long: the end of a partition
 
     def fill(self, rng: random.Random, count: int) -> None:
         batches: dict[int, list[tuple[bytes | None, bytes | None, int]]] = {}
@@ -255,12 +257,12 @@ class Site:
     def ended(self) -> Ended:
         """The oracle's verdict on what lies in the log now, beside what the watch saw."""
         reader = self.transport.reader()
-        wait_s = 0.5 if self.transport.name == "kafka" else 0.0
+        wait_s = self.wait_s
         inputs: list[Record] = list(read_all(reader, self.names.events[0], PARTITIONS, wait_s))
         outputs = list(read_all(reader, self.names.outputs["forecasts"], PARTITIONS, wait_s))
         dead = list(read_all(reader, self.names.outputs["dead_letters"], PARTITIONS, wait_s))
         verdict = judge(inputs, outputs, dead)
-        problems = verdict.problems + self.watch.close(reader)
+        problems = verdict.problems + self.watch.close(reader, wait_s)
         reader.close()
         if verdict.outputs + verdict.dead_letters != len(inputs) or len(inputs) < self.acked:
             problems.append(f"I1: {self.acked} acked, {len(inputs)} in, {verdict.outputs}+{verdict.dead_letters} out")

@@ -26,12 +26,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 from fault_site import PARTITIONS, Ended, Site
 from kafka_broker import Broker, free_ports, start
 from kafka_proxy import ADD_OFFSETS, END_TXN, PRODUCE, TXN_OFFSET_COMMIT, Proxy
@@ -61,6 +62,7 @@ class Row:
     reordered: int = 0
     progress_s: float = 0.0
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     def add(self, ended: Ended) -> None:
         """Take a verdict in; any problem ends the part."""
@@ -461,65 +463,143 @@ def terms(bench: Bench, count: int = 10) -> Row:
 
 
 def soak(bench: Bench, minutes: float) -> Row:
-    """F16: all of it, in any order, for as long as asked; memory, open files and the log's size stay flat."""
-    row = Row(part=f"soak, {minutes:g} minutes of random faults on Kafka", faults=0)
-    broker = bench.fresh("log.segment.bytes=1048576\nlog.segment.delete.delay.ms=1000\nfile.delete.delay.ms=1000")
-    try:
-        with bench.kafka(broker) as site:
-            rng = random.Random(16)
-            site.fill(rng, 300)
-            steady = site.start("steady", settings=SETTINGS)
-            workers: dict[str, subprocess.Popen[str]] = {}
-            until_s = time.monotonic() + 60 * minutes
-            figures: list[tuple[float, int, int]] = []
-            lives = 0
-            while time.monotonic() < until_s:
-                settle(site, rng, rng.uniform(1.0, 4.0))
-                slot, dice = rng.choice("ab"), rng.random()
-                if slot not in workers or workers[slot].poll() is not None:
-                    lives += 1
-                    point = rng.choice([*POINTS, "none", "none"])
-                    fault = {"point": point, "countdown": rng.randrange(5, 60), "how": "kill"}
-                    workers[slot] = site.start(slot, settings=SETTINGS, fault=fault)
-                elif dice < 0.25:
-                    workers.pop(slot).kill()
-                    row.bit["killed"] += 1
-                elif dice < 0.4:
-                    site.stop(workers.pop(slot))
-                    row.bit["ended with SIGTERM"] += 1
-                elif dice < 0.5:
-                    os.kill(workers[slot].pid, signal.SIGSTOP)
-                    settle(site, rng, rng.uniform(1.0, 2 * SESSION_S))
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(workers[slot].pid, signal.SIGCONT)
-                    row.bit["zombie"] += 1
-                elif dice < 0.54:
-                    broker.kill()
-                    broker.restart()
-                    site.fill(rng, 50)
-                    row.bit["broker killed"] += 1
-                else:
-                    continue
-                row.faults += 1
-                figures.append((time.time(), *figures_of(steady.pid)))
-            since_s = time.time()
-            site.fill(rng, 200)
-            row.progress_s = site.watch.wait_for_more(range(PARTITIONS), since_s, 2 * (SESSION_S + TRANSACTION_S))
-            third = len(figures) // 3
-            if third:
-                for name, at in (("MB", 1), ("files", 2)):
-                    early = max(f[at] for f in figures[third : 2 * third] or figures)
-                    late = max(f[at] for f in figures[2 * third :])
-                    row.bit[f"{name} of the steady worker, middle third"] = early
-                    row.bit[f"{name} of the steady worker, last third"] = late
-            with contextlib.closing(site.transport.reader()) as reader:
-                state = [reader.bounds(TopicPartition(site.names.state, p)) for p in range(PARTITIONS)]
-            row.bit["records in the state log at the end"] = sum(end - head for head, end in state)
-            row.bit["records ever in the state log"] = sum(end for _, end in state)
-            finish(site, row, [steady, *(w for w in workers.values() if w.poll() is None)])
-    finally:
-        broker.stop()
+    """F16: all of it, in any order, for as long as asked; memory, open files and the log's length stay flat."""
+    row = Row(part=f"soak of random faults on Kafka, {minutes:g} minutes", faults=0)
+    with own_broker(bench, "log.segment.bytes=1048576\nfile.delete.delay.ms=1000") as (broker, site):
+        site.wait_s = 5.0
+        rng = random.Random(16)
+        site.fill(rng, 300)
+        steady = site.start("steady", settings=SETTINGS)
+        workers: dict[str, subprocess.Popen[str]] = {}
+        figures = Figures(site, steady.pid)
+        while figures.minutes < minutes:
+            settle(site, rng, rng.uniform(1.0, 4.0))
+            figures.look(row.faults)
+            row.faults += disturb(site, broker, workers, rng, row)
+        back(site, row, rng, 2 * (SESSION_S + TRANSACTION_S))
+        row.faults -= 1  # that was none
+        figures.look(row.faults)
+        grows = figures.judge(row)
+        finish(site, row, [steady, *(w for w in workers.values() if w.poll() is None)])
+        figures.close()
+    assert not grows, f"{'; '.join(grows)}; of {row.notes}"
     return row
+
+
+def disturb(site: Site, broker: Broker, workers: dict[str, subprocess.Popen[str]], rng: random.Random, row: Row) -> int:
+    """Now and then a fault; how many there were."""
+    slot, dice = rng.choice("ab"), rng.random()
+    if slot not in workers or workers[slot].poll() is not None:
+        point = rng.choice([*POINTS, "none", "none"])
+        fault = {"point": point, "countdown": rng.randrange(5, 60), "how": "kill"}
+        workers[slot] = site.start(slot, settings=SETTINGS, fault=fault)
+        row.bit["started"] += 1
+    elif dice < 0.25:
+        workers.pop(slot).kill()
+        row.bit["killed"] += 1
+    elif dice < 0.4:
+        leaver = workers.pop(slot)
+        leaver.send_signal(signal.SIGTERM)
+        leaver.wait(40)  # 0, or killed at its point on the way
+        assert leaver.returncode in (0, -signal.SIGKILL), f"SIGTERM ended with {leaver.returncode}"
+        row.bit["ended with SIGTERM"] += 1
+    elif dice < 0.5:
+        os.kill(workers[slot].pid, signal.SIGSTOP)
+        settle(site, rng, rng.uniform(1.0, 2 * SESSION_S))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(workers[slot].pid, signal.SIGCONT)
+        row.bit["zombie"] += 1
+    elif dice < 0.54:
+        broker.kill()
+        broker.restart()
+        row.bit["broker killed"] += 1
+    else:
+        return 0
+    return 1
+
+
+class Figures:
+    """What must stay flat: memory and open files of a worker that lives through it all, the state log's length."""
+
+    NAMES = ("MB of memory", "open files", "records in the state log")
+
+    def __init__(self, site: Site, pid: int) -> None:
+        self._site, self._pid = site, pid
+        self._reader = site.transport.reader()
+        self._start_s = self._told_s = time.monotonic()
+        self.times_min: list[float] = []
+        self.seen: list[tuple[float, int, int]] = []
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self._start_s) / 60
+
+    def look(self, faults: int) -> None:
+        """Take the figures of now; tell them once a minute. A broker that is away is asked another time."""
+        tps = [TopicPartition(self._site.names.state, p) for p in range(PARTITIONS)]
+        with contextlib.suppress(DriftlineError):
+            bounds = [self._reader.bounds(tp) for tp in tps]
+            self.seen.append((*figures_of(self._pid), sum(end - head for head, end in bounds)))
+            self.times_min.append(self.minutes)
+            if time.monotonic() >= self._told_s:
+                self._told_s += 60
+                print(f"soak, {self.minutes:.1f} minutes, {faults} faults: {self.seen[-1]}", flush=True)
+
+    def judge(self, row: Row) -> list[str]:
+        """Note level and growth of each figure; the names of those that grow."""
+        grows = []
+        for name, values in zip(self.NAMES, zip(*self.seen, strict=True), strict=True):
+            trend = Trend.of(self.times_min, values)
+            row.notes.append(f"{name} {trend}")
+            grows += [name] * trend.grows
+        return grows
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trend:
+    """A straight line through a figure, after the first third of the time (the warm-up).
+
+    Neighbouring looks are alike, so the line goes through the means of BLOCKS spans of equal length, and its slope's
+    error comes from how those scatter (method of batch means). A figure grows if the lower limit of the growth, at 95 %
+    one-sided, is over GROWTH_MAX of its level over the spans: a leak that matters, and not by chance.
+    """
+
+    level: float
+    growth: float  # of the level, over the time looked at
+    error: float  # half of the two-sided interval of 90 %, that is the one-sided one of 95 %
+    minutes: float
+
+    BLOCKS: ClassVar[int] = 10
+    T_95: ClassVar[float] = 1.860  # Student's t, 8 degrees of freedom, .95
+    GROWTH_MAX: ClassVar[float] = 0.02
+
+    @classmethod
+    def of(cls, times_min: Sequence[float], values: Sequence[float]) -> Trend:
+        t, v = np.array(times_min), np.array(values, float)
+        begin = t[-1] / 3
+        block = np.minimum(((t - begin) / (t[-1] - begin) * cls.BLOCKS).astype(int), cls.BLOCKS - 1)
+        means = np.array([v[(t >= begin) & (block == n)].mean() for n in range(cls.BLOCKS)])
+        x = np.arange(cls.BLOCKS) - (cls.BLOCKS - 1) / 2
+        slope = (x * means).sum() / (x**2).sum()
+        rest = means - means.mean() - slope * x
+        error = cls.T_95 * np.sqrt((rest**2).sum() / (cls.BLOCKS - 2) / (x**2).sum())
+        level = means.mean()
+        return cls(
+            level=level, growth=cls.BLOCKS * slope / level, error=cls.BLOCKS * error / level, minutes=t[-1] - begin
+        )
+
+    @property
+    def grows(self) -> bool:
+        return self.growth - self.error > self.GROWTH_MAX
+
+    def __str__(self) -> str:
+        return (
+            f"{self.level:.0f}, growth {100 * self.growth:+.1f} % ({100 * (self.growth - self.error):+.1f} to "
+            f"{100 * (self.growth + self.error):+.1f}) in {self.minutes:.0f} minutes"
+        )
 
 
 # ── what parts share ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -577,10 +657,10 @@ def wait_for_state(process: subprocess.Popen[str], state: str, seconds: float) -
     raise AssertionError(f"the process did not come to state {state}: the fault did not bite")
 
 
-def figures_of(pid: int) -> tuple[int, int]:
+def figures_of(pid: int) -> tuple[float, int]:
     """Resident memory in MB and open files of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 PARTS: dict[str, Callable[[Bench], Row]] = {
@@ -611,7 +691,10 @@ def write_report(rows: list[dict[str, Any]]) -> None:
     bites = {text[2:].rpartition(": ")[0]: text for text in old.splitlines() if text.startswith("- ")}
     for r in rows:
         bit = ", ".join(f"{name} {count}" for name, count in sorted(r["bit"].items()) if count)
-        lines[r["part"]], bites[r["part"]] = line(r), f"- {r['part']}: {bit.replace('proxy: ', 'proxy ')}"
+        for older in [part for part in lines if part.startswith("soak") and r["part"].startswith("soak")]:
+            del lines[older], bites[older]
+        lines[r["part"]] = line(r)
+        bites[r["part"]] = f"- {r['part']}: {'; '.join([bit.replace('proxy: ', 'proxy '), *r['notes']])}"
     table = "\n".join([titles, "|---|---|---|---|---|---|---|---|", *lines.values()])
     bitten = "\n".join(bites.values())
     REPORT.write_text(f"{head}{begin}\n{table}\n\nWhat bit, and what the workers saw:\n\n{bitten}\n{end}{tail}")

@@ -14,6 +14,7 @@ import argparse
 import base64
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -34,6 +35,7 @@ FORMAT_TIMEOUT_S = 60
 READY_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 20
 START_ATTEMPTS = 3
+PORTS = range(15_000, 32_000)
 
 
 class BrokerUnavailable(Exception):
@@ -110,12 +112,18 @@ def java() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nobody listens on at this moment.
+
+    Not of the range that outgoing connections are given: a client that tries a killed broker again and again would at
+    some time be given the broker's own port, be connected to itself, and keep the broker from coming back.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            ports += [port] if port not in ports else []
+    return ports
 
 
 def start(folder: Path, heap: str = "-Xmx1g", extra: str = "") -> Broker:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import faults
+import numpy as np
 import pytest
-from faults import Bench, Row
+from faults import Bench, Row, Trend
 from kafka_broker import BrokerUnavailable
 
 
@@ -59,6 +60,26 @@ def test_a_zombie_on_the_embedded_log(bench: Bench) -> None:
 def test_a_full_disk_under_the_embedded_log(bench: Bench) -> None:
     """The file cannot grow for some seconds: the worker stands still, and goes on by itself."""
     check(faults.disk_full_embedded(bench))
+
+
+def trends(growth: float) -> list[Trend]:
+    """Of 200 made figures that grow by this share over the time looked at; neighbours are alike (.9 by AR(1))."""
+    rng = np.random.default_rng(1)
+    times_min = np.linspace(0.0, 9.0, 250)
+    found = []
+    for _ in range(200):
+        noise = np.zeros(len(times_min))
+        for i in range(1, len(noise)):
+            noise[i] = 0.9 * noise[i - 1] + rng.normal()
+        start = 100 - 30 * np.exp(-2 * times_min)  # warms up
+        found.append(Trend.of(times_min.tolist(), (start * (1 + growth * times_min / 6) + noise).tolist()))
+    return found
+
+
+def test_a_leak_is_told_from_noise() -> None:
+    """The soak's criterion: a flat figure is called growing once in 40 at most, a tenth more nearly always."""
+    assert sum(trend.grows for trend in trends(0.0)) <= 5
+    assert sum(trend.grows for trend in trends(0.1)) >= 180
 
 
 @pytest.mark.kafka
