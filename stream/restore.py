@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from models.suspicion import EVIDENCE
 from stream import changelog
 from stream.changelog import Kind
@@ -97,13 +99,14 @@ def restore(
                     raise Corrupt(
                         f"{topic}-{partition}@{record.offset}: a null record in the state log; it is not ours"
                     )
-                block = changelog.decode(record.value, f"{topic}-{partition}@{record.offset}")
+                where = f"{topic}-{partition}@{record.offset}"
+                block = changelog.decode(record.value, where)
                 if block.kind is Kind.BARRIER and block.payload == nonce:
                     # A crash loop leaves aborted transactions behind: they make the log longer as well.
                     state.hidden_until, state.hidden_each = record.offset, state.log_bytes // max(1, blocks)
                     state.log_bytes += gaps * state.hidden_each
                     return state
-                fold(engine, state, block)
+                fold(engine, state, block, where)
                 state.log_bytes += len(record.value)
                 blocks += 1
             if records:
@@ -123,8 +126,22 @@ def restore(
         reader.close()
 
 
-def fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None:
-    """Apply one block in log order."""
+def fold(engine: Engine, state: PartitionState, block: changelog.Block, where: str) -> None:
+    """Apply one block in log order.
+
+    Raises:
+        Corrupt: its checksum holds, but what lies in it is not of this program's format; names `where` it lies.
+    """
+    try:
+        _fold(engine, state, block)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise Corrupt(
+            f"{where}: {block.kind.name.lower()} cannot be read: {error}; run the version of driftline that wrote it, "
+            "or start with a new app.name and new topics"
+        ) from error
+
+
+def _fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None:
     if block.kind is Kind.USERS and block.records is not None:
         state.arena.merge(changelog.migrate(block.records, engine.dtype))
     elif block.kind in (Kind.TOMBSTONES, Kind.ERASED) and block.records is not None:

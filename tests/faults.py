@@ -593,7 +593,7 @@ class Trend:
 
     @property
     def grows(self) -> bool:
-        return self.growth - self.error > self.GROWTH_MAX
+        return bool(self.growth - self.error > self.GROWTH_MAX)
 
     def __str__(self) -> str:
         return (

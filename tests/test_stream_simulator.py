@@ -100,7 +100,7 @@ def restore_to_the_end_without_a_barrier(patch: pytest.MonkeyPatch) -> None:
     def restore(transport, *, engine, topic, partition, **_: object):  # type: ignore[no-untyped-def]
         state = PartitionState(arena=Arena(engine.dtype), groups=engine.new_groups())
         for record in transport.reader().read(TopicPartition(topic, partition), 0, 0.0, 10_000):
-            restoring.fold(engine, state, restoring.changelog.decode(record.value, topic))
+            restoring.fold(engine, state, restoring.changelog.decode(record.value, topic), topic)
             state.log_bytes += len(record.value)
         return state
 
