@@ -21,11 +21,13 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from stream import changelog
 from stream.changelog import Block, Kind
 from stream.engine import Engine, PartitionState, PartitionStep
 from stream.errors import Retryable
+from stream.state import Records
 from stream.transport import Admin, LogReader, TopicPartition, close_all
 
 log = logging.getLogger(__name__)
@@ -81,27 +83,31 @@ class Cleaner:
         head = self._heads.setdefault(step.partition, _Head())
         # The batch itself lies in the log as well by the time that the head is deleted.
         log_bytes = state.log_bytes - head.owed + step.records.nbytes
+        written = np.sort(step.records["key"])  # what the step writes anyway
+        rewritten = []
         for cleaned in range(BLOCKS_PER_BATCH_MAX):
             too_long = log_bytes > max(self._log_bytes_min, self._factor * live_bytes)
             if not too_long and (not state.rewrite_below or cleaned >= ERASED_BLOCKS_PER_BATCH):
-                return
+                break
             try:
                 found = self._next(state, step.partition, head)
             except Retryable as error:  # what the step has taken along by now does no harm
                 log.warning("event=cleaning_failed partition=%d error=%r", step.partition, str(error))
                 head.rewind()
-                return
+                break
             if found is None:
-                return
+                break
             offset, size, block = found
             if not too_long and block.number >= state.rewrite_below:
                 head.ahead.appendleft(found)
                 state.rewrite_below = 0  # the oldest block is newer than the erasure
-                return
-            self._rewrite(state, step, block)
+                break
+            rewritten.append(self._rewrite(state, step, block, written))
             head.before = offset + 1
             head.freed += size
             log_bytes -= size
+        if rewritten:
+            step.records = np.concatenate([step.records, *rewritten])
 
     def committed(self, state: PartitionState, step: PartitionStep) -> None:
         """After the commit and the merge: delete what the step has rewritten, or leave it for the next one."""
@@ -149,21 +155,32 @@ class Cleaner:
                 head.offset = record.offset + 1
         return head.ahead.popleft() if head.ahead else None
 
-    def _rewrite(self, state: PartitionState, step: PartitionStep, block: Block) -> None:
-        """Take what is alive in a block into the step."""
+    def _rewrite(
+        self, state: PartitionState, step: PartitionStep, block: Block, written: npt.NDArray[np.uint64]
+    ) -> Records:
+        """The records that are alive in a block and not written by the step anyway; what else is goes into the step."""
+        none: Records = np.zeros(0, state.arena.dtype)
         if block.kind in (Kind.GROUPS, Kind.GROUPS_PIECE, Kind.GROUP_DELTA) and block.number >= state.groups_block:
             if step.groups_after is None:
                 step.groups_after = self._engine.groups_with(state.groups, step.group_delta)
                 step.group_delta = b""
-            return
-        if block.kind is Kind.EVIDENCE and block.records is not None:
+        elif block.kind is Kind.EVIDENCE and block.records is not None:
             step.evidence = np.concatenate([step.evidence, state.suspects.alive(block.records)])
-        if block.kind is not Kind.USERS or block.records is None:
-            return
-        keys = block.records["key"].astype(np.uint64)
-        keys = keys[~np.isin(keys, step.records["key"])]
-        if step.gone is not None:
-            keys = keys[~np.isin(keys, step.gone)]
-        keys = keys[state.arena.block_of(keys) == block.number]
-        if len(keys):
-            step.records = np.concatenate([step.records, state.arena.take(keys)])
+        elif block.kind is Kind.USERS and block.records is not None:
+            keys = block.records["key"].astype(np.uint64)
+            keys = keys[state.arena.block_of(keys) == block.number]
+            keys = keys[~_among(keys, written)]
+            if step.gone is not None:
+                keys = keys[~np.isin(keys, step.gone)]
+            if len(keys):
+                return state.arena.take(keys)
+        return none
+
+
+def _among(keys: npt.NDArray[np.uint64], ascending: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which keys are in a sorted array; np.isin sorts both at every call."""
+    if not len(ascending):
+        return np.zeros(len(keys), np.bool_)
+    at = np.minimum(np.searchsorted(ascending, keys), len(ascending) - 1)
+    found: npt.NDArray[np.bool_] = ascending[at] == keys
+    return found

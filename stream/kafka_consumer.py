@@ -26,6 +26,7 @@ from kafka.structs import TopicPartition as ClientPartition
 
 from stream.assignment import assign, reset_position
 from stream.errors import ConfigError, LostPosition
+from stream.kafka_batches import WholeBatches
 from stream.kafka_client import ConnectionSettings, Topics, hushed, translating
 from stream.transport import Polled, Position, Record, TopicPartition
 
@@ -205,6 +206,7 @@ class KafkaConsumer:
             **{name: settings.get(name, value) for name, value in FETCH.items()},
         )
         self._client._coordinator.__class__ = _PatientCoordinator
+        self._client._fetcher.PartitionRecords = WholeBatches
         self._connect_side = partial(settings.connect, Client, group_id=group)
         self._side: Client | None = None  # asks for positions: our own connection may wait in a rebalance for others
         self._notes.client = self._client
