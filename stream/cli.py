@@ -44,6 +44,7 @@ from stream.options import (
 from stream.process import (
     child,
     clean_code,
+    collect_seldom,
     log_to,
     logs_to_file,
     quit_on_signals,
@@ -149,6 +150,7 @@ def worker(
         try:
             if config.worker.metrics_port:
                 server = Exposition(registry, health, config.worker.metrics_host, config.worker.metrics_port)
+            collect_seldom()
             made.run(stop)
         finally:
             if server is not None:

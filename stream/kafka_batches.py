@@ -13,19 +13,16 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from kafka import errors as kafka_errors
 from kafka.consumer.fetcher import Fetcher, IsolationLevel
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.memory_records import MemoryRecords
-from numba import njit, types
 
+from models.batch_layout import FIELDS, TIME, locate
 from stream.transport import LogRecord
 
 _BATCH_V2 = 2
 _RECORD_BYTES_MIN = 7  # length, attributes, two deltas, two lengths, number of headers
-_OFFSET, _TIME, _KEY, _KEY_END, _VALUE, _VALUE_END = range(6)
-_BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 _record = partial(tuple.__new__, LogRecord)  # LogRecord._make without its own frame
 
 
@@ -101,7 +98,7 @@ class WholeBatches(Fetcher.PartitionRecords):  # type: ignore[misc]
         batch._maybe_uncompress()
         data = bytes(memoryview(batch._buffer)[batch._pos :])
         count = batch.records_count
-        at_RF = np.empty((max(0, min(count, len(data) // _RECORD_BYTES_MIN)), 6), np.int64)
+        at_RF = np.empty((max(0, min(count, len(data) // _RECORD_BYTES_MIN)), FIELDS), np.int64)
         if len(at_RF) != count or not locate(np.frombuffer(data, np.uint8), at_RF):
             raise kafka_errors.CorruptRecordError(
                 f"{self.topic_partition}: the record batch at offset {batch.base_offset} has no valid structure"
@@ -110,9 +107,9 @@ class WholeBatches(Fetcher.PartitionRecords):  # type: ignore[misc]
         self.bytes_read += len(data)
         topic, partition = self.topic_partition
         if batch.timestamp_type == batch.LOG_APPEND_TIME:
-            at_RF[:, _TIME] = batch.max_timestamp
+            at_RF[:, TIME] = batch.max_timestamp
         else:
-            at_RF[:, _TIME] += batch.first_timestamp
+            at_RF[:, TIME] += batch.first_timestamp
         offsets, times, keys, key_ends, values, value_ends = at_RF.T.tolist()
         base = batch.base_offset
         rows = zip(
@@ -139,55 +136,3 @@ class WholeBatches(Fetcher.PartitionRecords):  # type: ignore[misc]
             self.bytes_read += record.size_in_bytes
             found.append(LogRecord(topic, partition, record.offset, record.timestamp, record.key, record.value))
         return found
-
-
-@njit(cache=True, nogil=True)
-def _varint(data: npt.NDArray[np.uint8], at: int) -> Any:
-    """A zigzag number of at most 10 bytes, and where it ends; -1 where it does not."""
-    bits, shift = np.uint64(0), 0
-    while 0 <= at < len(data) and shift < 70:
-        byte = np.uint64(data[at])
-        at += 1
-        bits |= (byte & np.uint64(0x7F)) << np.uint64(shift)
-        if byte < 0x80:
-            return np.int64(bits >> np.uint64(1)) ^ -np.int64(bits & np.uint64(1)), at
-        shift += 7
-    return 0, -1
-
-
-@njit(types.boolean(_BYTES, types.int64[:, ::1]), cache=True, nogil=True)
-def locate(data: npt.NDArray[np.uint8], at_RF: npt.NDArray[np.int64]) -> bool:
-    """Find the records of a batch; whether all of them, and nothing else, lie in `data`.
-
-    Args:
-        data: the uncompressed records.
-        at_RF: filled by record with its offset and its time over the batch's, and where key and value begin and end
-            in `data`; a missing one ends at -1.
-    """
-    size = len(data)
-    at = 0
-    for r in range(len(at_RF)):
-        length, at = _varint(data, at)
-        end = at + length
-        if at < 0 or length < 1 or end > size:
-            return False
-        at_RF[r, _TIME], at = _varint(data, at + 1)  # behind the attributes
-        at_RF[r, _OFFSET], at = _varint(data, at)
-        for field in (_KEY, _VALUE):
-            length, at = _varint(data, at)
-            if at < 0 or length > end - at:
-                return False
-            at_RF[r, field] = at
-            at_RF[r, field + 1] = at + length if length >= 0 else -1
-            at += max(0, length)
-        headers, at = _varint(data, at)
-        if at < 0 or headers < 0 or headers > end - at:
-            return False
-        for part in range(2 * headers):
-            length, at = _varint(data, at)
-            if at < 0 or length > end - at or (length < 0 and part % 2 == 0):
-                return False
-            at += max(0, length)
-        if at != end:
-            return False
-    return at == size

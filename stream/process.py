@@ -5,6 +5,7 @@ Stands around the way of an event; only cli.py calls it, and nothing here happen
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 FINAL_CODES = frozenset({2, 3, 4})  # exits that a restart cannot mend: configuration, fenced, stored data
 PARENT_LOOK_S = 1.0
+_OBJECTS_BETWEEN_COLLECTIONS = 200_000
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,17 @@ def stop_on_signals(deadline_s: float | None = None, parent: int | None = None) 
     if deadline_s is not None or parent is not None:
         threading.Thread(target=watch, name="stop", daemon=True).start()
     return stop
+
+
+def collect_seldom() -> None:
+    """Garbage collection for a process that makes and drops a hundred thousand objects a second, hardly one in a cycle.
+
+    By Python's defaults the collector walks over a batch's records again and again: taking record batches apart costs
+    3.0 us a record with them and 0.9 without. What is there by now (modules, kernels) is not looked at any more.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
 
 
 def clean_code(code: int, stopped: bool) -> int:

@@ -14,7 +14,8 @@ from kafka.record.default_records import DefaultRecordBatchBuilder
 from kafka.record.memory_records import MemoryRecords
 from kafka.structs import TopicPartition
 
-from stream.kafka_batches import WholeBatches, locate
+from models.batch_layout import locate
+from stream.kafka_batches import WholeBatches
 
 PLACE = TopicPartition("events", 3)
 TIME_MS = 1_700_000_000_000
