@@ -70,6 +70,7 @@ def drained(part: Any, size: int | None) -> list[tuple[Any, ...]]:
     size=st.none() | st.integers(1, 7),
 )
 def test_reads_what_the_library_reads(batches: list[Any], skipped: int, size: int | None) -> None:
+    """Record for record, position for position, whatever the codec, the holes and where a fetch begins."""
     data, offset = b"", 1_000
     for records, codec in batches:
         data += batch(records, offset, codec)
@@ -79,6 +80,7 @@ def test_reads_what_the_library_reads(batches: list[Any], skipped: int, size: in
 
 
 def test_position_is_that_of_the_next_record() -> None:
+    """Between two takes, also where the rest of a batch stays behind."""
     part = fetched(WholeBatches, batch([(b"k", b"v", 0, [])] * 5, 10) + batch([(b"k", b"v", 0, [])] * 2, 20), 12)
     assert [r.offset for r in part.take(2)] == [12, 13]
     assert part.next_fetch_offset == 14
@@ -92,6 +94,7 @@ def test_position_is_that_of_the_next_record() -> None:
 @settings(deadline=None, max_examples=300)
 @given(records=st.lists(record, min_size=1, max_size=5), at=st.integers(0), value=st.integers(1, 255))
 def test_a_changed_byte_is_found_by_the_checksum(records: list[Any], at: int, value: int) -> None:
+    """Damage is an error, never other records."""
     data = bytearray(batch(records, 0))
     at = 17 + at % (len(data) - 17)  # before it: offset, length, epoch, magic
     if at in range(17, 21):
@@ -102,6 +105,7 @@ def test_a_changed_byte_is_found_by_the_checksum(records: list[Any], at: int, va
 
 
 def test_an_error_after_good_records_comes_with_the_next_call() -> None:
+    """What was read before the damage is handed out first."""
     bad = bytearray(batch([(b"k", b"v", 0, [])], 1))
     bad[-1] ^= 1
     part = fetched(WholeBatches, batch([(b"k", b"v", 0, [])], 0) + bytes(bad), 0)
@@ -114,6 +118,7 @@ def test_an_error_after_good_records_comes_with_the_next_call() -> None:
 @settings(deadline=None, max_examples=500)
 @given(data=st.binary(max_size=200), count=st.integers(0, 10))
 def test_no_bytes_lead_out_of_the_buffer(data: bytes, count: int) -> None:
+    """The kernel has no bounds checks of its own: what it accepts lies inside."""
     at_RF = np.full((count, 6), -7, np.int64)
     if locate(np.frombuffer(data, np.uint8), at_RF):
         ends = at_RF[:, [3, 5]]
@@ -124,6 +129,7 @@ def test_no_bytes_lead_out_of_the_buffer(data: bytes, count: int) -> None:
 @settings(deadline=None, max_examples=300)
 @given(records=st.lists(record, min_size=1, max_size=4), cut=st.integers(1), count=st.integers(-2, 2))
 def test_a_wrong_length_or_number_of_records_is_refused(records: list[Any], cut: int, count: int) -> None:
+    """A batch is taken whole, to its last byte, or not at all."""
     data = np.frombuffer(batch(records, 0)[61:], np.uint8)
     at_RF = np.empty((max(0, len(records) + count), 6), np.int64)
     assert locate(data, at_RF) == (count == 0)
@@ -131,6 +137,7 @@ def test_a_wrong_length_or_number_of_records_is_refused(records: list[Any], cut:
 
 
 def test_legacy_message_sets_are_read() -> None:
+    """Topics from before Kafka 0.11 may still hold them."""
     from kafka.record.legacy_records import LegacyRecordBatchBuilder
 
     builder = LegacyRecordBatchBuilder(magic=1, compression_type=0, batch_size=1 << 20)
