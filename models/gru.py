@@ -18,6 +18,7 @@ Tensors carry their shape; the legend is in models/features.py. Here also:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,36 @@ class View:
     inner_SW: Tensor
     rank_S: Tensor
 
+    def first(self, count: int) -> View:
+        """Of the first moments."""
+        return self._part(0, count)
+
+    def after(self, count: int) -> View:
+        """Of the moments behind the first ones."""
+        return self._part(count, len(self.moments.copies_E))
+
+    def _part(self, start: int, end: int) -> View:
+        moments = self.moments
+        bounds = torch.searchsorted(moments.owner_S, torch.tensor([start, end], device=moments.owner_S.device)).tolist()
+        slots, whole = slice(*bounds), slice(start, end)
+        return View(
+            moments=Moments(
+                place_S=moments.place_S[slots] - start * moments.slots,
+                owner_S=moments.owner_S[slots] - start,
+                embedding_S=moments.embedding_S[slots],
+                number_SF=moments.number_SF[slots],
+                context_EG=moments.context_EG[whole],
+                copies_E=moments.copies_E[whole],
+                follower_EM=moments.follower_EM[whole],
+                lift_EM=moments.lift_EM[whole],
+                live_E=moments.live_E[whole],
+                slots=moments.slots,
+            ),
+            embedding_SD=self.embedding_SD[slots],
+            inner_SW=self.inner_SW[slots],
+            rank_S=self.rank_S[slots],
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class Step:
@@ -93,9 +124,18 @@ class Step:
     log_gate_E: Tensor
     log_rest_E: Tensor
 
-    def pick(self, index_E: Tensor) -> Step:
-        """Some of the moments."""
-        return Step(**{name: getattr(self, name)[index_E] for name in self.__slots__})
+    def first(self, count: int) -> Step:
+        """Of the first moments."""
+        return Step(**{name: getattr(self, name)[:count] for name in self.__slots__})
+
+    def after(self, count: int) -> Step:
+        """Of the moments behind the first ones."""
+        return Step(**{name: getattr(self, name)[count:] for name in self.__slots__})
+
+    @staticmethod
+    def joined(steps: Sequence[Step]) -> Step:
+        """Moments one behind another."""
+        return Step(**{name: torch.cat([getattr(step, name) for step in steps]) for name in Step.__slots__})
 
 
 class Network(nn.Module):
@@ -141,13 +181,11 @@ class Network(nn.Module):
 
     def inputs(self, embedding_B: Tensor, item_B: Tensor, type_B: Tensor, number_BN: Tensor) -> Tensor:
         """What the GRU reads of each event; `number_BN` ends with the content vector, where there is one."""
-        parts = [
-            f.embedding(embedding_B, self.interest),
-            f.embedding(item_B, self.item),
-            f.embedding(type_B, self.kind),
-            number_BN,
-        ]
-        return torch.cat(parts, dim=-1)
+        return self.inputs_of(f.embedding(embedding_B, self.interest), item_B, type_B, number_BN)
+
+    def inputs_of(self, row_BD: Tensor, item_B: Tensor, type_B: Tensor, number_BN: Tensor) -> Tensor:
+        """The same from rows of the table of interests."""
+        return torch.cat([row_BD, f.embedding(item_B, self.item), f.embedding(type_B, self.kind), number_BN], dim=-1)
 
     def encode_packed(self, input_BI: Tensor, batch_sizes_T: Tensor, hidden_UH: Tensor) -> Tensor:
         """States after each event, in packed order (users by falling count, time-major)."""
@@ -156,19 +194,20 @@ class Network(nn.Module):
         data: Tensor = out.data
         return data
 
-    def encode_one(self, input_EI: Tensor, hidden_EH: Tensor) -> Tensor:
-        """States one event later."""
-        _out, last = self.gru(input_EI.unsqueeze(0), hidden_EH.unsqueeze(0))
-        after_EH: Tensor = last.squeeze(0)
-        return after_EH
+    def encode_last(self, input_BI: Tensor, batch_sizes_T: Tensor, hidden_UH: Tensor) -> Tensor:
+        """As `encode_packed`, but the states after the users' last events alone."""
+        packed = torch.nn.utils.rnn.PackedSequence(input_BI, batch_sizes_T)
+        _out, last = self.gru(packed, hidden_UH.unsqueeze(0))
+        after_UH: Tensor = last.squeeze(0)
+        return after_UH
 
     # ------------------------------------------------------------------ states -> what comes next
 
-    def view(self, moments: Moments) -> View:
-        """What all steps have in common."""
+    def view(self, moments: Moments, embedding_SD: Tensor | None = None) -> View:
+        """What all steps have in common; `embedding_SD` where the rows of the table are at hand."""
         return View(
             moments=moments,
-            embedding_SD=f.embedding(moments.embedding_S, self.interest),
+            embedding_SD=f.embedding(moments.embedding_S, self.interest) if embedding_SD is None else embedding_SD,
             inner_SW=self.copy_number(moments.number_SF),
             rank_S=self.copy_rank * moments.number_SF[:, 0],
         )
@@ -211,10 +250,10 @@ class Network(nn.Module):
         first, last = self.settings.hashed_rows, self.settings.hashed_rows + len(log_popularity_V)
         offset_V = self.bias[first:last] + self.popularity * log_popularity_V
         logit_EV = torch.addmm(offset_V, self.query(state_EH), self.interest[first:last].T)
-        logit_EV = torch.addmm(logit_EV, self.crowd(state_EH) * live_E.unsqueeze(-1), crowd_VK.T)
+        logit_EV.addmm_(self.crowd(state_EH) * live_E.unsqueeze(-1), crowd_VK.T)  # in place: no copy of (E, V)
         if not len(log_popularity_V):
             return logit_EV
-        return logit_EV.scatter_add(1, follower_EM, self.lift * lift_EM)
+        return logit_EV.scatter_add_(1, follower_EM, self.lift * lift_EM)
 
     def type_logits(self, state_EH: Tensor, moments: Moments) -> Tensor:
         logit_ET: Tensor = self.next_type(torch.cat([state_EH, moments.context_EG], dim=-1))

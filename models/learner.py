@@ -27,7 +27,7 @@ from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
 from models.dedupe import first_sightings
 from models.features import F32, I64, U32, U64, EventColumns
 from models.forecaster import Forecaster, initial_weights
-from models.gru import COUNTED_COUNT, NEVER, Moments, Network, Step, log_probability
+from models.gru import COUNTED_COUNT, NEVER, Moments, Network, Step, View, log_probability
 from models.history import History, Users, digests, previous_events
 from models.inputs import NUMBER_COUNT, Normaliser
 from models.knowledge import Candidates, Knowledge
@@ -103,6 +103,16 @@ class _Waiting:
 
     def all(self) -> I64:
         return np.concatenate([np.arange(*r) for r in self.ranges]) if self.ranges else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ahead:
+    """Forecasts of later steps that are learned: rows before which they are made, how many events before the target's
+    own, the farthest first, and the targets."""
+
+    row_L: I64
+    back_L: I64
+    target_L: U32
 
 
 class LearnerState(msgspec.Struct, array_like=True):
@@ -329,58 +339,112 @@ class Learner:
         return chosen
 
     def _loss(self, number_B: I64, replayed: I64) -> tuple[Tensor | None, float]:
-        """The loss of a step, and the mean of the new events' -log p of the first step."""
-        network, learning = self._network, self._learning
+        """The loss of a step, and the mean of the new events' -log p of the first step.
+
+        The moments of forecasts for later steps lie behind those for the next event: candidates, embeddings and the
+        output layer are taken once for all of them.
+        """
+        network, learning, history = self._network, self._learning, self._history
         number_E = np.concatenate([number_B, replayed])
-        hidden_EH = self._burn_in(number_E)
+        ahead = self._ahead(number_B)
+        next_E, row_L = number_E % history.capacity, ahead.row_L
+        gap_s = np.full(len(next_E) + len(row_L), np.nan, np.float32)
+        gap_s[: len(next_E)] = history.gap_s[next_E]
+        gap_s[: len(next_E)][self._random.random(len(next_E)) < learning.gap_dropout] = np.nan
+        candidates, moments = self._moments(np.concatenate([next_E, row_L]), gap_s)
+        burn_in_EH, embedding_SD = self._burn_in(number_E, moments.embedding_S)
         if learning.dropout:
-            kept = self._random.random(hidden_EH.shape, np.float32) >= learning.dropout
-            hidden_EH = hidden_EH * self._tensor(kept.astype(np.float32) / (1.0 - learning.dropout))
-        row_E = number_E % self._history.capacity
-        gap_s_E = self._history.gap_s[row_E].copy()
-        gap_s_E[self._random.random(len(gap_s_E)) < learning.gap_dropout] = np.nan
-        candidates, moments = self._moments(row_E, gap_s_E)
-        target_E = self._history.interest[row_E]
-        state_EH = network.at_moment(hidden_EH, moments)
-        step = network.step(state_EH, network.view(moments))
-        log_p_E, known_E = self._log_p(step, moments, candidates.key_EC, target_E)
-        if not known_E.any():
+            kept = self._random.random(burn_in_EH.shape, np.float32) >= learning.dropout
+            burn_in_EH = burn_in_EH * self._tensor(kept.astype(np.float32) / (1.0 - learning.dropout))
+        hidden_EH = torch.cat([burn_in_EH, self._tensor(history.hidden[row_L])])
+        view = network.view(moments, embedding_SD)
+        step = network.step(network.at_moment(hidden_EH, moments), view)
+        steps, at = [step.first(len(next_E))], [np.arange(len(next_E))]
+        if len(row_L):
+            self._steps_behind(step, view, ahead, len(next_E), steps, at)
+        at_E = np.concatenate(at)
+        target_E = np.concatenate([history.interest[next_E], ahead.target_L[at_E[len(next_E) :] - len(next_E)]])
+        log_p_E, known_E = self._log_p(Step.joined(steps), moments, candidates.key_EC[at_E], target_E, at_E)
+        if not known_E[: len(next_E)].any():
             return None, float("nan")
-        mask_E = self._tensor(known_E)
-        loss = -(log_p_E * mask_E).sum() / mask_E.sum()
-        new = known_E[: len(number_B)]
-        new_loss = float(-log_p_E[: len(number_B)][self._tensor(new)].detach().mean()) if new.any() else float("nan")
-        if not learning.auxiliary_losses:
-            return loss, new_loss
-        kinds = self._tensor(self._history.type[row_E])
-        loss = loss + _TYPE_WEIGHT * f.cross_entropy(network.type_logits(state_EH, moments), kinds)
-        loss = loss + _HORIZON_WEIGHT * self._horizon_loss(number_B)
+        log_p_E = log_p_E * self._tensor(known_E)
+        loss = -log_p_E[: len(next_E)].sum() / int(known_E[: len(next_E)].sum())
+        new = int(known_E[: len(number_B)].sum())
+        new_loss = -float(log_p_E[: len(number_B)].detach().sum()) / new if new else float("nan")
+        if learning.auxiliary_losses:
+            kinds = self._tensor(history.type[next_E])
+            seen_EG = torch.cat([steps[0].state_EH, moments.context_EG[: len(next_E)]], dim=-1)
+            loss = loss + _TYPE_WEIGHT * f.cross_entropy(network.next_type(seen_EG), kinds)
+            if len(row_L):
+                loss = loss - _HORIZON_WEIGHT * log_p_E[len(next_E) :].sum() / len(row_L)
         return loss, new_loss
 
-    def _burn_in(self, number_E: I64) -> Tensor:
-        """States before these events, by the GRU over the events before them from a carried state on."""
+    def _ahead(self, number_B: I64) -> _Ahead:
+        """The events as second, third ... of forecasts made before earlier events of their users."""
+        learning, history = self._learning, self._history
+        nothing = _Ahead(row_L=np.zeros(0, np.int64), back_L=np.zeros(0, np.int64), target_L=np.zeros(0, np.uint32))
+        if learning.horizon_steps < 2 or not learning.horizon_share or not learning.auxiliary_losses:
+            return nothing
+        chosen = number_B[self._random.random(len(number_B)) < learning.horizon_share]
+        back_L = self._random.integers(1, learning.horizon_steps, len(chosen))
+        row_LK, count_L = history.before(chosen, learning.horizon_steps - 1)
+        there = np.flatnonzero(count_L >= back_L)
+        there = there[np.argsort(-back_L[there], kind="stable")]
+        if not len(there):
+            return nothing
+        return _Ahead(
+            row_L=row_LK[there, back_L[there] - 1],
+            back_L=back_L[there],
+            target_L=history.interest[chosen[there] % history.capacity],
+        )
+
+    def _steps_behind(
+        self, step: Step, view: View, ahead: _Ahead, first: int, steps: list[Step], at: list[I64]
+    ) -> None:
+        """Decode on from the moments behind the first ones; each leaves at its own step, the farthest come first."""
+        step, view = step.after(first), view.after(first)
+        for number in range(2, int(ahead.back_L[0]) + 2):
+            left = int((ahead.back_L + 1 >= number).sum())
+            step, view = step.first(left), view.first(left)
+            step = self._network.step(self._network.next_state(step, view, number), view)
+            due = np.flatnonzero(ahead.back_L[:left] + 1 == number)
+            if len(due):
+                steps.append(step.after(int(due[0])))
+                at.append(first + due)
+
+    def _burn_in(self, number_E: I64, embedding_S: Tensor) -> tuple[Tensor, Tensor]:
+        """States before these events, by the GRU over the events before them from a carried state on.
+
+        Args:
+            embedding_S: rows of the table of interests that are wanted beside.
+
+        Returns:
+            The states, and those rows: each use of a table costs a gradient as large as the table.
+        """
         history, network = self._history, self._network
-        steps = self._learning.burn_in_events
-        row_EK, count_E = history.before(number_E, steps)
+        row_EK, count_E = history.before(number_E, self._learning.burn_in_events)
         start_E = np.where(
             count_E > 0, row_EK[np.arange(len(row_EK)), np.maximum(count_E - 1, 0)], number_E % history.capacity
         )
+        order = np.argsort(-count_E, kind="stable")
+        order = order[: int((count_E > 0).sum())]
         hidden_EH = self._tensor(history.hidden[start_E])
-        for k in range(int(count_E.max(initial=0)) - 1, -1, -1):
-            at = np.flatnonzero(count_E > k)
-            row = row_EK[at, k]
-            interest = history.interest[row]
-            embedding = self._knowledge.embedding(interest, self._vocabulary.find(interest))
-            x = network.inputs(
-                self._tensor(embedding),
-                self._tensor(history.item[row]),
-                self._tensor(history.type[row]),
-                self._tensor(history.number[row]),
-            )
-            index = self._tensor(at)
-            stepped = network.encode_one(x, hidden_EH[index])
-            hidden_EH = hidden_EH.index_copy(0, index, stepped)
-        return hidden_EH
+        if not len(order):
+            return hidden_EH, f.embedding(embedding_S, network.interest)
+        sizes_T = (count_E[:, None] > np.arange(int(count_E.max()))).sum(0)
+        row_P = np.concatenate([row_EK[order[:size], count_E[order[:size]] - 1 - t] for t, size in enumerate(sizes_T)])
+        interest_P = history.interest[row_P]
+        embedding_P = self._tensor(self._knowledge.embedding(interest_P, self._vocabulary.find(interest_P)))
+        rows_D = f.embedding(torch.cat([embedding_P, embedding_S]), network.interest)
+        input_PI = network.inputs_of(
+            rows_D[: len(row_P)],
+            self._tensor(history.item[row_P]),
+            self._tensor(history.type[row_P]),
+            self._tensor(history.number[row_P]),
+        )
+        index = self._tensor(order)
+        after = network.encode_last(input_PI, torch.from_numpy(sizes_T), hidden_EH[index])
+        return hidden_EH.index_copy(0, index, after), rows_D[len(row_P) :]
 
     def _moments(self, row_E: I64, gap_s_E: F32 | None) -> tuple[Candidates, Moments]:
         """As forecasts see them; what was learned before is seen with the counts of then, which do not know it."""
@@ -410,54 +474,33 @@ class Learner:
         return candidates, moments.to(self._device)
 
     def _log_p(
-        self, step: Step, moments: Moments, key_EC: U32, target_E: U32, due: I64 | None = None
+        self, step: Step, moments: Moments, key_EC: U32, target_E: U32, at_E: I64
     ) -> tuple[Tensor, npt.NDArray[np.bool_]]:
-        """log p of the targets, and which of them could be forecast at all; `due`: of these moments only."""
+        """log p of the targets, and which of them could be forecast at all.
+
+        Args:
+            at_E: the moment of each distribution of `step`.
+        """
         network, log_popularity_V = self._network, self._tensor(self._knowledge.log_popularity_V)
-        follower_EM, lift_EM, live_E = moments.follower_EM, moments.lift_EM, moments.live_E
-        if due is not None:
-            at = self._tensor(due)
-            step, follower_EM, lift_EM, live_E = step.pick(at), follower_EM[at], lift_EM[at], live_E[at]
-            key_EC, target_E = key_EC[due], target_E[due]
         found_EC = (key_EC == target_E[:, None]) & (target_E[:, None] != 0)
         slot_E = np.where(found_EC.any(1), found_EC.argmax(1), -1)
         target_row_E = self._vocabulary.find(target_E).astype(np.int64)
         known_E = (target_row_E >= 0) | (slot_E >= 0)
         general_E = torch.full_like(step.log_gate_E, NEVER)
         if len(log_popularity_V):
-            crowd_VK = self._tensor(self._knowledge.crowd_VK)
-            logit_EV = network.logits(step.state_EH, follower_EM, lift_EM, live_E, log_popularity_V, crowd_VK)
+            crowd_VK, at = self._tensor(self._knowledge.crowd_VK), self._tensor(at_E)
+            logit_EV = network.logits(
+                step.state_EH,
+                moments.follower_EM[at],
+                moments.lift_EM[at],
+                moments.live_E[at],
+                log_popularity_V,
+                crowd_VK,
+            )
             row_E = self._tensor(np.maximum(target_row_E, 0))
-            log_general_E = f.log_softmax(logit_EV, dim=-1).gather(1, row_E.unsqueeze(1)).squeeze(1)
+            log_general_E = -f.cross_entropy(logit_EV, row_E, reduction="none")
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
         return log_probability(step, general_E, self._tensor(slot_E)), known_E
-
-    def _horizon_loss(self, number_B: I64) -> Tensor:
-        """The events as second, third ... of forecasts made before earlier events of their users."""
-        learning, network, history = self._learning, self._network, self._history
-        zero = torch.zeros((), device=self._device)
-        if learning.horizon_steps < 2 or not learning.horizon_share:
-            return zero
-        chosen = number_B[self._random.random(len(number_B)) < learning.horizon_share]
-        back_E = self._random.integers(1, learning.horizon_steps, len(chosen))
-        row_EK, count_E = history.before(chosen, learning.horizon_steps - 1)
-        there = count_E >= back_E
-        chosen, back_E, row_EK = chosen[there], back_E[there], row_EK[there]
-        if not len(chosen):
-            return zero
-        row_E = row_EK[np.arange(len(chosen)), back_E - 1]
-        candidates, moments = self._moments(row_E, None)
-        target_E = history.interest[chosen % history.capacity]
-        view = network.view(moments)
-        step = network.step(network.at_moment(self._tensor(history.hidden[row_E]), moments), view)
-        parts = []
-        for number in range(2, int(back_E.max()) + 2):
-            step = network.step(network.next_state(step, view, number), view)
-            due = np.flatnonzero(back_E + 1 == number)
-            if len(due):
-                log_p, known = self._log_p(step, moments, candidates.key_EC, target_E, due)
-                parts.append((log_p * self._tensor(known)).sum())
-        return -torch.stack(parts).sum() / len(chosen)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -46,26 +46,33 @@ class Optimiser:
 
     def step(self, boost: float) -> bool:
         """Apply the gradients; False, and nothing is changed, where they are not finite."""
-        norm = nn.utils.clip_grad_norm_(self._network.parameters(), self._learning.clip)
+        tables = {n: g for n in _TABLES if (g := getattr(self._network, n).grad) is not None}
+        square_V = {n: _row_squares(g) for n, g in tables.items()}  # read once, for the norm and for the sums
+        gradients = [p.grad for p in self._dense if p.grad is not None]
+        norms = [square.sum().sqrt() for square in square_V.values()]
+        norm = torch.linalg.vector_norm(torch.stack([*norms, *(torch._foreach_norm(gradients) if gradients else ())]))
         if not torch.isfinite(norm):
             return False
+        clip = min(1.0, self._learning.clip / (float(norm) + 1e-6))
         self.steps += 1
         factor = boost * min(1.0, self.steps / max(1, self._learning.warmup_steps))
+        if clip < 1.0:
+            torch._foreach_mul_(gradients, clip)
         for group in self._adam.param_groups:
             group["lr"] = self._learning.rate * factor
         self._adam.step()
         with torch.no_grad():
-            for name in _TABLES:
-                self._step_rows(getattr(self._network, name), self._sums[name], factor)
+            for name, gradient in tables.items():
+                self._step_rows(name, gradient, square_V[name], clip, factor)
         return True
 
-    def _step_rows(self, table: nn.Parameter, sums_V: Tensor, factor: float) -> None:
-        if table.grad is None:
-            return
-        square_V = table.grad.square() if table.grad.dim() == 1 else table.grad.square().mean(dim=1)
-        sums_V.mul_(self._learning.accumulator_decay).add_(square_V)
-        scale_V = self._learning.embedding_rate * factor / (sums_V + _SUM_START).sqrt()
-        table.sub_(table.grad * (scale_V if table.dim() == 1 else scale_V.unsqueeze(1)))
+    def _step_rows(self, name: str, gradient: Tensor, square_V: Tensor, clip: float, factor: float) -> None:
+        """Row-wise Adagrad. The gradient is still to be scaled by `clip`; `square_V` are its rows' sums of squares."""
+        table, sums_V = getattr(self._network, name), self._sums[name]
+        width = gradient.numel() // len(gradient)
+        sums_V.mul_(self._learning.accumulator_decay).add_(square_V, alpha=clip * clip / width)
+        scale_V = self._learning.embedding_rate * factor * clip / (sums_V + _SUM_START).sqrt()
+        table.addcmul_(gradient, scale_V if table.dim() == 1 else scale_V.unsqueeze(1), value=-1.0)
 
     # ------------------------------------------------------------------ rows of the vocabulary
 
@@ -120,6 +127,11 @@ class Optimiser:
             if state:
                 self._adam.state[parameter] = state
         self.steps = int(tensors["steps"][0])
+
+
+def _row_squares(gradient: Tensor) -> Tensor:
+    """Sum of the squares of each row."""
+    return gradient.square() if gradient.dim() == 1 else torch.linalg.vecdot(gradient, gradient)
 
 
 def _sums_for(table: Tensor) -> Tensor:

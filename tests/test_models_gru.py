@@ -66,7 +66,7 @@ def test_gradients_reach_every_parameter() -> None:
         torch.from_numpy(inputs.type_B),
         torch.from_numpy(inputs.number_BN),
     )
-    hidden_EH = net.encode_one(x, torch.randn(5, HIDDEN))
+    hidden_EH = net.encode_last(x, torch.tensor([3, 2]), torch.randn(3, HIDDEN))[[0, 1, 2, 0, 1]]
     _found, moments = known.moments(advanced.after, None)
     view = net.view(moments)
     step = net.step(net.at_moment(hidden_EH, moments), view)
