@@ -7,9 +7,10 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from river.drift import KSWIN
 
 from models.shift import ShiftSettings
-from models.shift_baselines import DummyDetector, RuleDetector, frozen_detector, set_knob
+from models.shift_baselines import DummyDetector, LookedUpKSWIN, RuleDetector, frozen_detector, set_knob
 from models.shift_calibration import (
     Histories,
     alarm_rate,
@@ -219,3 +220,18 @@ def test_shares_leave_the_user_out() -> None:
     assert histories.share.max() < 0.01 < shop(30, 40, seed=1).share.max()
     assert memory_of(shop(2, 1_200, seed=1), SETTINGS) > memory_of(histories, SETTINGS)
     assert len(columns(histories.user, histories.interest, histories.time_ms)) == 100 and AGES == 7
+
+
+def test_looked_up_p_values_change_no_alarm() -> None:
+    """The faster KSWIN drifts where river's does, with ties and without."""
+    rng = np.random.default_rng(4)
+    for digits in (0, 6):
+        numbers = np.round(np.concatenate([rng.normal(m, 1.0, 150) for m in (0.0, 1.5, 0.0)]), digits).tolist()
+        plain, fast = (kind(alpha=0.01, window_size=40, stat_size=15, seed=7) for kind in (KSWIN, LookedUpKSWIN))
+        said = []
+        for number in numbers:
+            plain.update(number)
+            fast.update(number)
+            assert fast.drift_detected == plain.drift_detected and fast.p_value == pytest.approx(plain.p_value)
+            said.append(fast.drift_detected)
+        assert 1 <= sum(said) < 20
