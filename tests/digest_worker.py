@@ -2,10 +2,12 @@
 
     python digest_worker.py '{"log": {"embedded": "path"} | {"kafka": "host:port"}, "prefix": "x-", "partitions": 3,
                               "slot": "0", "fault": {"point": "step 5", "countdown": 2, "how": "kill"},
-                              "seconds": 60, "settings": {}}'
+                              "seconds": 60, "settings": {}, "clock": [0, 86400]}'
 
 Points: "step 1" to "step 7" of a commit; "send" a record; "committing" (the end of the transaction is on its way);
 "restore" a block; "rewrite" a block while cleaning; "delete" the head of the log. How: kill or stop (SIGSTOP).
+
+With "clock" the wall clock stands off by each of these seconds in turn, for CLOCK_S each.
 
 Ends with 0 on SIGTERM, with 3 when fenced, with 4 after `seconds`. Prints what it saw as one JSON line.
 """
@@ -33,10 +35,12 @@ from stream.embedded_producer import EmbeddedProducer
 from stream.errors import Fenced
 from stream.transport import Transport
 
+CLOCK_S = 0.7
+
 
 def open_log(log: dict[str, Any]) -> Transport:
     if "embedded" in log:
-        return EmbeddedLog(Path(log["embedded"]), lease_s=log.get("session_s", 2.0))
+        return EmbeddedLog(Path(log["embedded"]), lease_s=log.get("session_s", 2.0), clock=lambda: time.time())
     from stream.kafka import KafkaLog
 
     session_ms = int(1_000 * log.get("session_s", 6.0))
@@ -56,6 +60,13 @@ def wrap(owner: Any, name: str, before: Callable[[], None]) -> None:
         return real(*arguments, **options)
 
     setattr(owner, name, wrapped)
+
+
+def jump(offsets_s: list[float]) -> None:
+    """Let the wall clock of this process jump to and fro."""
+    real, start_s = time.time, time.monotonic()
+    time.time = lambda: real() + offsets_s[int((time.monotonic() - start_s) / CLOCK_S) % len(offsets_s)]
+    time.time_ns = lambda: int(time.time() * 1e9)
 
 
 def arm(fault: dict[str, Any], kafka: bool) -> Callable[[int], None]:
@@ -117,6 +128,8 @@ def main() -> int:
     logging.basicConfig(
         level=os.environ.get("DIGEST_LOG", "CRITICAL"), format=f"%(asctime)s {task['slot']} %(message)s"
     )
+    if task.get("clock"):
+        jump(task["clock"])
     on_step = arm(task.get("fault", {}), "kafka" in task["log"])
     deadline_s = time.monotonic() + task["seconds"]
     threading.Thread(target=lambda: (time.sleep(task["seconds"]), stop.set()), daemon=True).start()

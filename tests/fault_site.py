@@ -35,11 +35,13 @@ PATIENCE_S = 60.0
 class Watch:
     """A committed reader that runs DURING the faults: it must see what a last reader sees, and nothing else (I2).
 
-    It also notes when results came (I8) and that committed positions never go back (I5).
+    It also notes when results came (I8) and that committed positions never go back (I5). When they came is what the
+    record says; where the workers' clocks cannot be trusted, when it was read here (later by .7 s at most).
     """
 
-    def __init__(self, log: dict[str, Any], names: TopicNames, group: str) -> None:
-        self._log, self._names, self._group = log, names, group
+    def __init__(self, log: dict[str, Any], names: TopicNames, group: str, *, trust_clocks: bool) -> None:
+        self._log, self._names, self._group, self._trust_clocks = log, names, group, trust_clocks
+        self.off_ms = 0  # how far a record's time was from ours, at most
         self.seen: dict[TopicPartition, list[tuple[int, bytes | None]]] = {}
         self.sent_ms: dict[int, list[int]] = {}  # when the results of a partition were sent, wall time
         self.problems: list[str] = []
@@ -72,7 +74,10 @@ class Watch:
                     seen = self.seen.setdefault(tp, [])
                     found = reader.read(tp, seen[-1][0] + 1 if seen else 0, 0.12, 5_000)
                     if found:
-                        self.sent_ms.setdefault(tp.partition, []).extend(record.timestamp for record in found)
+                        now_ms = int(time.time() * 1_000)
+                        times_ms = [record.timestamp if self._trust_clocks else now_ms for record in found]
+                        self.sent_ms.setdefault(tp.partition, []).extend(times_ms)
+                        self.off_ms = max(self.off_ms, *(abs(record.timestamp - now_ms) for record in found))
                         seen += [(record.offset, record.value) for record in found]
                 for tp, offset in positions.ask().items():
                     if offset < highest.get(tp, 0):
@@ -165,7 +170,9 @@ class Ended:
 class Site:
     """One log, its topics, and worker processes on them."""
 
-    def __init__(self, log: dict[str, Any], *, through: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, log: dict[str, Any], *, through: dict[str, Any] | None = None, trust_clocks: bool = True
+    ) -> None:
         """Make the topics. Workers use `through` (a proxy, say) where it is given, everything else uses `log`."""
         self.log = log
         self.through = through or log
@@ -177,7 +184,7 @@ class Site:
         self.sent = self.acked = 0
         self.reports: list[dict[str, Any]] = []
         self._notes = tempfile.TemporaryDirectory(prefix="driftline-notes-")
-        self.watch = Watch(log, self.names, self.prefix + "app")
+        self.watch = Watch(log, self.names, self.prefix + "app", trust_clocks=trust_clocks)
         self.wait_s = 0.5 if self.transport.name == "kafka" else 0.0  # nothing for so long: the end of a partition
 
     def fill(self, rng: random.Random, count: int) -> None:

@@ -112,13 +112,15 @@ class Bench:
         self._count += 1
         return start(self.folder / f"kafka-{self._count}", heap="-Xmx768m", extra=extra)
 
-    def kafka(self, broker: Broker | None = None, **log: Any) -> Iterator[Site]:
+    def kafka(self, broker: Broker | None = None, trust_clocks: bool = True, **log: Any) -> Iterator[Site]:
         bootstrap = (broker or self.broker).bootstrap
-        return closing(Site({"kafka": bootstrap, "session_s": SESSION_S, "transaction_s": TRANSACTION_S, **log}))
+        log = {"kafka": bootstrap, "session_s": SESSION_S, "transaction_s": TRANSACTION_S, **log}
+        return closing(Site(log, trust_clocks=trust_clocks))
 
-    def embedded(self) -> Iterator[Site]:
+    def embedded(self, trust_clocks: bool = True) -> Iterator[Site]:
         self._count += 1
-        return closing(Site({"embedded": str(self.folder / f"log-{self._count}.db"), "session_s": 1.0}))
+        log = {"embedded": str(self.folder / f"log-{self._count}.db"), "session_s": 1.0}
+        return closing(Site(log, trust_clocks=trust_clocks))
 
     def close(self) -> None:
         if self._broker is not None:
@@ -320,53 +322,86 @@ def broker_goes(bench: Bench, row: Row, ways: list[Callable[[Broker], None]]) ->
 def network(bench: Bench, rounds: int = 6) -> Row:
     """F6: a proxy that drops, delays and resets; the end of transactions above all."""
     row = Row(part="a proxy drops, delays, resets requests (EndTxn above all)", faults=0)
-    port, proxied, inner = free_ports(3)
-    extra = (
-        f"listeners=PLAINTEXT://127.0.0.1:@PORT@,CONTROLLER://127.0.0.1:@CONTROLLER_PORT@,PROXIED://127.0.0.1:{inner}\n"
-        f"advertised.listeners=PLAINTEXT://127.0.0.1:@PORT@,PROXIED://127.0.0.1:{proxied}\n"
-        "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT\n"
-    )
-    del port
-    broker = bench.fresh(extra)
-    proxy = Proxy(proxied, inner)
-    log = {"kafka": broker.bootstrap, "session_s": SESSION_S, "transaction_s": TRANSACTION_S}
-    through = {
-        **log, "kafka": f"127.0.0.1:{proxied}",
-        "settings": {"request_timeout_ms": 3_100, "fetch_max_wait_ms": 100},
-    }  # fmt: skip
-    try:
-        with closing(Site(log, through=through)) as site:
-            rng = random.Random(10)
-            site.fill(rng, 300)
-            worker = site.start(settings=SETTINGS)
-            settle(site, rng, 1.0)
-            for n in range(rounds * 4):
-                what = ("reset after", "drop", "reset", "delay")[n % 4]
-                key = rng.choice([END_TXN, END_TXN, END_TXN, TXN_OFFSET_COMMIT, ADD_OFFSETS, PRODUCE])
-                left = rng.randrange(1, 3)
+    with proxied(bench, {"request_timeout_ms": 3_100, "fetch_max_wait_ms": 100}) as (proxy, site):
+        rng = random.Random(10)
+        site.fill(rng, 300)
+        worker = site.start(settings=SETTINGS)
+        settle(site, rng, 1.0)
+        for n in range(rounds * 4):
+            what = ("reset after", "drop", "reset", "delay")[n % 4]
+            key = rng.choice([END_TXN, END_TXN, END_TXN, TXN_OFFSET_COMMIT, ADD_OFFSETS, PRODUCE])
+            left = rng.randrange(1, 3)
 
-                def rule(asked: int, what: str = what, key: int = key) -> str:
-                    nonlocal left
-                    if asked == key and left > 0:
-                        left -= 1
-                        return what
-                    return "pass"
+            def rule(asked: int, what: str = what, key: int = key) -> str:
+                nonlocal left
+                if asked == key and left > 0:
+                    left -= 1
+                    return what
+                return "pass"
 
-                proxy.rule = rule
-                site.fill(rng, 200)
-                site.wait_drained(60)
-                proxy.rule = lambda asked: "pass"
-                row.faults += 1
-            since_s = time.time()
+            proxy.rule = rule
             site.fill(rng, 200)
-            row.progress_s = site.watch.wait_for_more(range(PARTITIONS), since_s, 2 * (SESSION_S + TRANSACTION_S))
-            finish(site, row, [worker])
-            row.bit.update({f"proxy: {what}": count for what, count in proxy.bit.items()})
-            assert sum(proxy.bit.values()) >= rounds and row.bit["saw commit_settled"] > 0
-    finally:
-        proxy.close()
-        broker.stop()
+            site.wait_drained(60)
+            proxy.rule = lambda asked: "pass"
+            row.faults += 1
+        since_s = time.time()
+        site.fill(rng, 200)
+        row.progress_s = site.watch.wait_for_more(range(PARTITIONS), since_s, 2 * (SESSION_S + TRANSACTION_S))
+        finish(site, row, [worker])
+        row.bit.update({f"proxy: {what}": count for what, count in proxy.bit.items()})
+        assert sum(proxy.bit.values()) >= rounds and row.bit["saw commit_settled"] > 0
     return row
+
+
+def expired(bench: Bench, count: int = 4) -> Row:
+    """F11: records of a transaction expire on their way to the broker, all else passes: nothing of it is committed."""
+    row = Row(part="records of a transaction expire on their way (all else passes): no commit", faults=0)
+    settings = {"request_timeout_ms": 800, "delivery_timeout_ms": 1_500, "fetch_max_wait_ms": 100}
+    with proxied(bench, settings) as (proxy, site):
+        rng = random.Random(19)
+        site.fill(rng, 200)
+        worker = site.start(settings=SETTINGS)
+        for _ in range(count):
+            site.wait_drained(60)
+            proxy.rule = lambda asked: "drop" if asked == PRODUCE else "pass"
+            time.sleep(0.5)  # what was on its way has come
+            before, sent = site.watch.results, site.inputs()
+            site.fill(rng, 200)
+            time.sleep(4.0)
+            assert site.watch.results == before < sent + 200, "something was committed without its records"
+            proxy.rule = lambda asked: "pass"
+            back(site, row, rng, 2 * (SESSION_S + TRANSACTION_S))
+        finish(site, row, [worker])
+        row.bit["proxy: drop"] = proxy.bit["drop"]
+        assert row.bit["saw commit_failed"] >= count <= row.bit["saw void"] and row.bit["saw committed"] == 0
+    return row
+
+
+def clocks(bench: Bench, count: int = 4, log: str = "kafka") -> Row:
+    """F12: the workers' wall clocks jump by days, each for itself, while they take over from one another."""
+    row = Row(part=f"wall clocks that jump by up to a year, takeovers, {log}", faults=0)
+    day_s = 86_400.0
+    with bench.kafka(trust_clocks=False) if log == "kafka" else bench.embedded(trust_clocks=False) as site:
+        rng = random.Random(20)
+        site.fill(rng, 300)
+        living = site.start("0", settings=SETTINGS, clock=[0.0, 365 * day_s, -365 * day_s, 3_600.0])
+        for n in range(count):
+            settle(site, rng, 1.5)
+            heir = site.start(str(1 + n), settings=SETTINGS, clock=[-30 * day_s, day_s, 0.0])
+            settle(site, rng, 1.5)
+            living.kill()
+            back(site, row, rng, 2 * (SESSION_S + TRANSACTION_S))
+            row.bit["takeover"] += 1
+            living = heir
+        finish(site, row, [living])
+        row.bit["days that a result's time is off, at most"] = days = int(site.watch.off_ms / 1_000 / day_s)
+        assert days >= 300, "no clock jumped"
+    return row
+
+
+def clocks_embedded(bench: Bench) -> Row:
+    """The same on the embedded log."""
+    return clocks(bench, 4, "embedded")
 
 
 def poison(bench: Bench) -> Row:
@@ -647,6 +682,27 @@ def own_broker(bench: Bench, extra: str = "", **log: Any) -> Iterator[tuple[Brok
         broker.stop()
 
 
+@contextlib.contextmanager
+def proxied(bench: Bench, settings: dict[str, int]) -> Iterator[tuple[Proxy, Site]]:
+    """A broker of its own whose workers, with these settings of their clients, reach it through a proxy."""
+    proxied, inner = free_ports(2)
+    extra = (
+        f"listeners=PLAINTEXT://127.0.0.1:@PORT@,CONTROLLER://127.0.0.1:@CONTROLLER_PORT@,PROXIED://127.0.0.1:{inner}\n"
+        f"advertised.listeners=PLAINTEXT://127.0.0.1:@PORT@,PROXIED://127.0.0.1:{proxied}\n"
+        "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT\n"
+    )
+    broker = bench.fresh(extra)
+    proxy = Proxy(proxied, inner)
+    log = {"kafka": broker.bootstrap, "session_s": SESSION_S, "transaction_s": TRANSACTION_S}
+    through = {**log, "kafka": f"127.0.0.1:{proxied}", "settings": settings}
+    try:
+        with closing(Site(log, through=through)) as site:
+            yield proxy, site
+    finally:
+        proxy.close()
+        broker.stop()
+
+
 def wait_for_state(process: subprocess.Popen[str], state: str, seconds: float) -> None:
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
@@ -667,7 +723,8 @@ PARTS: dict[str, Callable[[Bench], Row]] = {
     part.__name__: part
     for part in (
         kills, kills_embedded, takeovers, takeovers_embedded, zombies, zombies_embedded, same_slot, storm,
-        storm_embedded, broker_kills, broker_pauses, network, poison, disk_full, disk_full_embedded, terms,
+        storm_embedded, broker_kills, broker_pauses, network, expired, poison, disk_full, disk_full_embedded, terms,
+        clocks, clocks_embedded,
     )
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import faults
 import numpy as np
 import pytest
 from faults import Bench, Row, Trend
-from kafka_broker import BrokerUnavailable
+from kafka_broker import BrokerUnavailable, jars, java
 
 
 @pytest.fixture
@@ -22,8 +22,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 @pytest.fixture
 def kafka_bench(bench: Bench) -> Bench:
+    """One that can start brokers; each part starts what it needs."""
     try:
-        assert bench.broker.pid
+        java(), jars()
     except BrokerUnavailable as error:
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
@@ -50,6 +51,17 @@ def test_one_of_each_on_kafka(kafka_bench: Bench, part: Callable[[Bench], Row]) 
 def test_an_end_of_transaction_that_nobody_answers(kafka_bench: Bench) -> None:
     """A proxy resets, drops and delays the ends of transactions: each is settled by the committed positions."""
     check(faults.network(kafka_bench, rounds=1))
+
+
+@pytest.mark.kafka
+def test_records_that_expire_on_their_way_are_not_committed(kafka_bench: Bench) -> None:
+    """The broker hears all of a transaction but its records, until they expire: its positions are not committed."""
+    check(faults.expired(kafka_bench, 1))
+
+
+def test_clocks_that_jump_on_the_embedded_log(bench: Bench) -> None:
+    """Days to and fro, each process by itself, and a takeover: leases, order and outputs stay what they are."""
+    check(faults.clocks(bench, 1, "embedded"))
 
 
 def test_a_zombie_on_the_embedded_log(bench: Bench) -> None:
