@@ -18,7 +18,9 @@ import datetime
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +46,8 @@ SESSION_S = 3.0
 TRANSACTION_S = 4.0
 SETTINGS = {"batch_events_max": 20}
 POINTS = (*(f"step {n}" for n in range(1, 8)), "send", "committing", "restore", "rewrite", "delete")
-REPORT = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+HERE = Path(__file__).resolve().parent
+REPORT = HERE.parent / "docs" / "reliability.md"
 
 
 @dataclass(kw_only=True)
@@ -501,6 +504,36 @@ def terms(bench: Bench, count: int = 10) -> Row:
     return row
 
 
+NAMED = {
+    "F9": "tests/test_stream_restore.py",
+    "F10": "tests/test_stream_start.py -k deleted",
+    "F12": "tests/test_stream_clocks.py",
+    "F14": "tests/test_stream_embedded.py -k truncated_wal",
+    "F15": "tests/test_stream_state.py tests/test_stream_restore.py tests/test_stream_embedded.py "
+    "tests/test_stream_assembly.py -k 'format or layout or cannot_be_loaded'",
+}
+
+
+def named(bench: Bench) -> Row:
+    """F9, F10, F12, F14, F15: what is a test of its own, run here; `faults` are the tests that passed."""
+    row = Row(part="tests: spoiled state logs, deleted positions, clocks, a torn WAL, other formats", faults=0)
+    for fault, tests in NAMED.items():
+        line = f"-m pytest -q -p no:cacheprovider --no-header -rs {tests}"
+        done = subprocess.run(
+            [sys.executable, *shlex.split(line)],
+            cwd=HERE.parent,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        passed = re.search(r"(\d+) passed", done.stdout)
+        assert done.returncode == 0 and passed and "skipped" not in done.stdout, f"{tests}: {done.stdout[-2_000:]}"
+        row.bit[f"{fault}: passed"] = int(passed[1])
+        row.faults += int(passed[1])
+    return row
+
+
 def soak(bench: Bench, minutes: float) -> Row:
     """F16: all of it, in any order, for as long as asked; memory, open files and the log's length stay flat."""
     row = Row(part=f"soak of random faults on Kafka, {minutes:g} minutes", faults=0)
@@ -728,7 +761,7 @@ PARTS: dict[str, Callable[[Bench], Row]] = {
     for part in (
         kills, kills_embedded, takeovers, takeovers_embedded, zombies, zombies_embedded, same_slot, storm,
         storm_embedded, broker_kills, broker_pauses, network, expired, poison, disk_full, disk_full_embedded, terms,
-        clocks, clocks_embedded,
+        clocks, clocks_embedded, named,
     )
 }  # fmt: skip
 
