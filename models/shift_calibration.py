@@ -51,7 +51,9 @@ LONG_PROFILE = 128  # interests in a slow profile, there
 _LONG_WINDOW = 5  # times DELAY_MAX, there
 _SPLICES_MIN = 300  # to choose by; fewer users are spliced more often
 _LONG_VISIT = 12.0  # events in a session on average, from which on blocks of _BLOCK events are tried as well
-_TAIL_MIN, _TAIL_MAX = 0.2, 2.0
+_TAIL_MIN, _TAIL_MAX = 0.03, 2.0
+_GROWTH_MIN, _GROWTH_MAX = 0.3, 0.9  # powers of the events between alarms with which thresholds grow
+_FAR = 3.0  # times the events between alarms that were matched
 _USUAL = 6
 _FEATURE_SETS = ((0, 1, 2, 3, 4, 5, 7), (0, 1, 2, 3, 4, 5, _USUAL, 7))
 _DRIFTS = (0.0, 0.15, 0.3)  # taken from a learned ratio, nats
@@ -356,16 +358,21 @@ def match(folds: Sequence[Fold], rule: Rule, settings: ShiftSettings, false_alar
 
     Each user is judged by a rule that was fitted without him: on the users that it was fitted on, a learned rule raises
     fewer alarms than on others. Where too few alarms are expected for the requested rate, a higher one is matched and
-    the threshold extrapolated along the tail.
+    the threshold extrapolated by the power of the events between alarms with which it grew so far: users differ, so the
+    tail gets flatter and flatter, and a straight line asks for far too little. Far beyond what was seen a threshold is
+    not below the setting that stands where nothing is calibrated.
     """
     monitored, _ = fold_tallies(folds, _NEVER, settings)
     reachable = max(20.0, float(monitored.sum()) / _MATCH_ALARMS)
     target = min(false_alarm_events, reachable)
     threshold = _bisect(folds, settings, target)
     lower = _bisect(folds, settings, max(10.0, target / 3.0), top=threshold)
-    tail = math.log(3.0) / max(threshold - lower, 1e-3)
-    tail = min(_TAIL_MAX, max(_TAIL_MIN, tail))
-    threshold += max(0.0, math.log(false_alarm_events / target)) / tail
+    growth = math.log(max(threshold, 0.05) / max(lower, 0.01)) / math.log(target / max(10.0, target / 3.0))
+    growth = min(_GROWTH_MAX, max(_GROWTH_MIN, growth))
+    threshold *= (false_alarm_events / target) ** growth
+    if false_alarm_events > _FAR * target:
+        threshold = max(threshold, settings.threshold)
+    tail = min(_TAIL_MAX, max(_TAIL_MIN, 1.0 / (growth * threshold)))
     return msgspec.structs.replace(_with(rule, threshold), tail=tail, false_alarm_events=false_alarm_events)
 
 
@@ -598,6 +605,7 @@ def mean_delay(splices: Splices, rule: Rule, settings: ShiftSettings) -> float:
 # ---------------------------------------------------------------------- at an epoch cut
 
 _FIRST_MONITORED = 1_000  # monitored events of shadow users before the first rule is made
+_REFIT_GROWTH = 1.9  # times the events of the last fit: epochs double, less the records that could not be used
 _TRACK_ALARMS = 8.0
 _TRACK_STEP_MAX = 0.7  # nats at one cut
 
@@ -614,7 +622,7 @@ def next_rule(table: GroupTable, gathered: Tallies, settings: ShiftSettings) -> 
     ages = np.diff(shadow.first)
     usable = ages >= settings.age_min_events + 10
     monitored = int(np.maximum(ages - settings.age_min_events, 0)[usable].sum())
-    due = table.rule_epoch == 0 or table.events >= 2 * table.rule_epoch
+    due = table.rule_epoch == 0 or table.events >= _REFIT_GROWTH * table.rule_epoch
     if due and monitored >= _FIRST_MONITORED and int(usable.sum()) >= FIT_USERS:
         tail = table.rule.tail
         table.rule = calibrate(shadow.some(usable), settings, np.random.default_rng(table.epoch))

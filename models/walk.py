@@ -279,7 +279,8 @@ _USUAL_SCALE = 32.0
 _USUAL_RATE = 0.2
 _TAIL_WEIGHT = 0.25  # decayed count that a mark in the tail stands for
 _KNOWN_WEIGHT = 0.5  # decayed count from which the slow profile knows an interest
-_OFFSET_MAX = 20.0
+_OFFSET_STEPS_MAX = 12.0  # alarms too many or too few that the thresholds answer for
+_OFFSET_FADES_ALARMS = 20.0  # an alarm too many is forgotten after the events of so many
 _THRESHOLD_MIN = 0.05
 SURGING_ALL, SURGING_SEGMENT, ALARM_ALL, ALARM_SEGMENT = 1, 2, 4, 8
 SUSPECT, CLEARED = 16, 32  # the user is under suspicion after the event; was so before it, and no longer after it
@@ -857,8 +858,10 @@ def walk(
         alert = monitored and evidence > threshold
         if monitored:
             monitored_G[group] += 1
-            moved = crowd.offset[0] + crowd.step * ((1.0 if alert else 0.0) - crowd.share)
-            crowd.offset[0] = min(_OFFSET_MAX, max(-_OFFSET_MAX, moved))
+            moved = crowd.offset[0] * (1.0 - crowd.share / _OFFSET_FADES_ALARMS)
+            moved += crowd.step * ((1.0 if alert else 0.0) - crowd.share)
+            most = _OFFSET_STEPS_MAX * crowd.step
+            crowd.offset[0] = min(most, max(-most, moved))
         held = monitored and evidence > p.hold_share * threshold
         if crowd.live and _adopts(user, interest, weight, gap_s, p.session_gap_ms / 1000.0):
             raised = _learn_crowd(crowd, b, events.segment[b], time_ms)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from river.drift import KSWIN
 
+from models.profile import EmissionSettings, advance
 from models.shift import ShiftSettings
 from models.shift_baselines import DummyDetector, LookedUpKSWIN, RuleDetector, frozen_detector, set_knob
 from models.shift_calibration import (
@@ -16,16 +17,19 @@ from models.shift_calibration import (
     alarm_rate,
     calibrate,
     columns,
+    match,
     mean_delay,
     memory_of,
+    next_rule,
     run,
     session_starts,
     splice,
 )
+from models.shift_groups import GroupTable, Shadow, Tallies
 from models.shift_planted import planted
 from models.shift_rule import AGES, Rule, fixed_rule
 from models.shift_suites import Study, delay_row, histories_of, meaning_row, planted_row, rate_row
-from models.walk import FEATURE_COUNT
+from models.walk import FEATURE_COUNT, user_dtype_of
 
 SETTINGS = ShiftSettings(false_alarm_events=100.0)
 
@@ -235,3 +239,50 @@ def test_looked_up_p_values_change_no_alarm() -> None:
             assert fast.drift_detected == plain.drift_detected and fast.p_value == pytest.approx(plain.p_value)
             said.append(fast.drift_detected)
         assert 1 <= sum(said) < 20
+
+
+def test_what_alarms_too_many_leave_behind_is_bounded_and_fades() -> None:
+    """Alarms at every event raise all thresholds by twelve steps at most; without alarms that is forgotten again."""
+    settings = ShiftSettings(evidence="event", refractory_events=0, age_min_events=1)
+    rule = fixed_rule(by_session=False, threshold=1.0, drift=0.25)
+    rule = msgspec.structs.replace(rule, tail=1.0, false_alarm_events=20.0)
+
+    def after(events: int, offset: float, threshold: float) -> float:
+        table = GroupTable(settings)
+        table.rule = msgspec.structs.replace(rule, thresholds=(threshold,) * AGES)
+        table.surges.offset = offset
+        made = columns(np.arange(events) % 50, np.full(events, 9, np.uint32), np.arange(events) * 1_000)
+        records = np.zeros(50, user_dtype_of(settings.profile_interests))
+        done = advance(records, made, table, settings, EmissionSettings(), np.zeros(events, np.bool_))
+        assert done.crowd is not None
+        return float(done.crowd.offset[0])
+
+    calm = after(450, 1.2, 1e9)  # 400 monitored: twenty alarms' worth
+    assert after(450, 0.0, -1e9) <= 1.2 and -1.2 <= calm < 1.2 - 20 * 0.1
+    assert after(450, -1.2, 1e9) == pytest.approx(-1.2)
+
+
+def test_a_far_rate_asks_for_more_than_a_straight_line_does() -> None:
+    """Few events and a rare rate: the threshold grows by a power, and is not below the setting."""
+    few = shop(30, 90, seed=8, loyal=0.6)
+    plain = fixed_rule(by_session=True, threshold=1.0, drift=0.25)
+    near, far = (match([(few, plain)], plain, SETTINGS, rate) for rate in (100.0, 100_000.0))
+    assert near.thresholds[0] < SETTINGS.threshold <= far.thresholds[0]
+    assert far.tail < near.tail
+    lower = msgspec.structs.replace(SETTINGS, threshold=0.1)
+    assert match([(few, plain)], plain, lower, 100_000.0).thresholds[0] > near.thresholds[0] * 600.0**0.3
+
+
+def test_a_rule_is_fitted_anew_when_the_events_have_about_doubled() -> None:
+    """Epochs double, less the records that could not be used: those must not put a refit off for an epoch."""
+    users = shop(40, 120, seed=9)
+    table = GroupTable(SETTINGS)
+    key = users.user.astype(np.uint64)
+    table.shadow = Shadow(key, users.interest, users.time_ms)
+    table.events, table.rule_epoch = 8_000, 4_001
+    next_rule(table, Tallies.zeros(), SETTINGS)
+    assert table.rule_epoch == 8_000 and table.rule.false_alarm_events == SETTINGS.false_alarm_events
+    kept = table.rule
+    table.events = 15_000
+    next_rule(table, Tallies.zeros(), SETTINGS)
+    assert table.rule_epoch == 8_000 and table.rule.coefficients == kept.coefficients
