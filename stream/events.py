@@ -346,6 +346,8 @@ def segment_code(name: str) -> int:
 
 def _numbers(values: list[float | None]) -> np.ndarray[Any, Any]:
     """float32 column; missing as NaN, and what float32 cannot hold (over 3.4e38) counts as missing."""
+    if values.count(None) == len(values):  # most fields of most streams
+        return np.full(len(values), np.nan, np.float32)
     column = np.array([np.nan if v is None else v for v in values], np.float64)
     column[np.abs(column) > np.finfo(np.float32).max] = np.nan
     return column.astype(np.float32)

@@ -84,6 +84,7 @@ class _Part:
     first_offset: int
     read: int
     decoded: Decoded
+    names: dict[int, str]  # of the batch's interests, by key
     watermark_ms: int
     late: int
     duplicates: int
@@ -183,6 +184,7 @@ class Pipeline:
             first_offset=next(iter(mine.values()))[0].offset,
             read=sum(map(len, mine.values())),
             decoded=decoded,
+            names=decoded.interest_names,
             watermark_ms=watermark_ms,
             late=late,
             duplicates=duplicates,
@@ -367,9 +369,7 @@ class Pipeline:
         """Everything the batch does to the partition, and its sums as a record of their own."""
         state = part.state
         seen = state.seen + part.read
-        delta = state.groups.delta(
-            part.decoded.columns, part.advanced, part.decoded.interest_names, told.pending, told.followup
-        )
+        delta = state.groups.delta(part.decoded.columns, part.advanced, part.names, told.pending, told.followup)
         after = None
         touched = part.records["key"]
         erased = part.to_erase[(state.arena.block_of(part.to_erase) >= 0) | np.isin(part.to_erase, touched)]
@@ -401,7 +401,7 @@ class Pipeline:
 
     def _namer(self, part: _Part) -> Callable[[int], str]:
         """Names of interests: what the batch, the partition or the vocabulary knows; else the key in hexadecimal."""
-        here, partition, vocabulary = part.decoded.interest_names, part.state.groups.names, self.forecaster.name
+        here, partition, vocabulary = part.names, part.state.groups.names, self.forecaster.name
 
         class Names(dict[int, str]):
             """Each is looked up once a batch."""
