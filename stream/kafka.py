@@ -131,6 +131,8 @@ class KafkaLog:
             raise ValueError("the log is closed")
         with self._lock, translating(f"metadata of topic {topic!r}"):
             (found,) = self._admin.describe_topics([topic])
+        if found["error_code"] == _NO_RIGHT:
+            raise _hidden(topic)
         return len(found["partitions"]) if found["error_code"] == 0 else None
 
 
@@ -141,7 +143,7 @@ def describe(client: KafkaAdminClient, names: Sequence[str]) -> dict[str, TopicS
         answers = client.describe_topics(list(names)) if names else []
         hidden = next((t["name"] for t in answers if t["error_code"] == _NO_RIGHT), None)
         if hidden is not None:
-            raise ConfigError(f"no right to describe topic {hidden!r}; grant Describe on it (docs/security.md)")
+            raise _hidden(hidden)
         topics = [t for t in answers if t["error_code"] == 0]
         if topics:
             asked = [ConfigResource(ConfigResourceType.TOPIC, t["name"]) for t in topics]
@@ -152,6 +154,10 @@ def describe(client: KafkaAdminClient, names: Sequence[str]) -> dict[str, TopicS
                     name=topic["name"], partitions=len(topic["partitions"]), settings=settings
                 )
     return found
+
+
+def _hidden(topic: str) -> ConfigError:
+    return ConfigError(f"no right to describe topic {topic!r}; grant Describe on it (docs/security.md)")
 
 
 class KafkaReader:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from digest_app import make_worker, topic_names
 from kafka import KafkaAdminClient
@@ -27,11 +30,16 @@ from kafka.admin import (
     UserScramCredentialUpsertion,
 )
 from kafka_broker import BrokerUnavailable, free_ports, running_broker
+from test_stream_learning import Silent, Tally
 
-from stream.assembly import check_rights
+from stream.assembly import check_rights, check_topics, make_decoder, names_of, topic_specs
 from stream.checkpoint import TopicNames
+from stream.cli import main
 from stream.errors import ConfigError
 from stream.kafka import KafkaLog
+from stream.learning import LearnerLoop, LearnerPace
+from stream.loading import load
+from stream.orders import Erasures, forget
 from stream.testing import digest_event
 from stream.transport import TopicSpec
 
@@ -40,6 +48,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSWORD = "correct-horse"
 STORE_PASSWORD = "only-for-this-test"
 PARTITIONS = 2
+SRC, DST = "c-source", "c-rekeyed"
+SETS = [
+    "app.name=c", "topics.prefix=c-", 'topics.events=["c-events"]', f"topics.partitions={PARTITIONS}",
+    "topics.retention_h=-1",
+]  # fmt: skip
 RESOURCES = {"topic": "TOPIC", "group": "GROUP", "transactional id": "TRANSACTIONAL_ID"}
 Right = tuple[str, str, str, bool]  # resource, name, operation, prefixed
 
@@ -132,10 +145,13 @@ super.users=User:ANONYMOUS
 def documented(role: str, names: TopicNames, app: str) -> list[Right]:
     """The rights of a role's table in docs/security.md, for these topics and this application."""
     text = (ROOT / "docs" / "security.md").read_text().partition(f"### {role}\n")[2].partition("\n###")[0]
-    every = [*names.events, names.state, names.weights, *names.outputs.values()]
-    roles = dict(names.outputs, events=names.events[0], state=names.state, weights=names.weights)
+    assert text, f"no table for {role}"
+    roles = dict(names.outputs, events=names.events[0], state=names.state, weights=names.weights, SRC=SRC, DST=DST)
+    if names.control:
+        roles["control"] = names.control
+    every = [topic for word, topic in roles.items() if word not in ("SRC", "DST")]
     rights: list[Right] = []
-    for row in text.splitlines()[3:]:
+    for row in text.strip().splitlines()[2:]:
         resource, name, operations, _ = (cell.strip() for cell in row.strip("|").split("|"))
         prefixed = "(prefixed)" in name
         name = name.replace("(prefixed)", "").strip().replace("APP", app)
@@ -143,7 +159,7 @@ def documented(role: str, names: TopicNames, app: str) -> list[Right]:
             found = [roles.get(n.strip().replace("-", "_"), "") for n in name.split(",")]
             places = every if name.startswith("every") else [n for n in found if n]
         else:
-            places = [name]
+            places = [name.replace("DST", DST)]
         rights += [(resource, p, o.strip(), prefixed) for p in places for o in operations.split(",")]
     return rights
 
@@ -172,8 +188,9 @@ def rights(secured: Secured) -> Iterator[Any]:
     given: list[ACL] = []
 
     def grant(granted: list[Right]) -> None:
-        given.extend(acls(granted, "worker"))
-        client.create_acls(given)
+        fresh = acls(granted, "worker")
+        given.extend(fresh)
+        client.create_acls(fresh)
         time.sleep(0.5)  # the broker hears of it from its controller
 
     yield grant
@@ -229,6 +246,146 @@ def test_a_missing_right_is_said(
     with pytest.raises(ConfigError, match=said) as caught:
         work(secured, tmp_path, "app")
     assert "\n" not in str(caught.value)
+
+
+# ── learner and commands, under a real configuration ──────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def topics(secured: Secured) -> TopicNames:
+    """The topics of a real configuration, and those of a `rekey`."""
+    config = load(None, SETS).config
+    log = KafkaLog({"bootstrap_servers": secured.open_at})
+    admin = log.admin()
+    admin.create([*topic_specs(config), *(TopicSpec(name=n, partitions=PARTITIONS) for n in (SRC, DST))])
+    admin.close()
+    log.append(SRC, 0, [(b"k", b'{"user": "u1", "interest": "a", "time": 1764037335000}', 1_764_037_335_000)])
+    forget(log, config, "somebody", 1_764_037_335_000)
+    log.close()
+    labels = config.topics.prefix + "labels"
+    names = names_of(config)
+    return msgspec.structs.replace(names, outputs={**names.outputs, "labels": labels})
+
+
+def learn(secured: Secured, folder: Path) -> None:
+    """A learner that publishes two versions and deletes the first one, with a model that only counts."""
+    config = load(None, SETS).config
+    log = KafkaLog(secured.settings(folder), transaction_timeout_s=10)
+    names = names_of(config)
+    try:
+        check_topics(log, config)
+        check_rights(log, names.weights)
+        loop = LearnerLoop(
+            transport=log, topics=names, app="c", decoder=make_decoder(config), fresh=Tally, observer=Silent(),
+            restore=lambda payload, version: Tally(version), clock=time.monotonic, sleep=time.sleep,
+            nonce=lambda: os.urandom(8).hex(), erasures=Erasures(log.reader(), names.control, PARTITIONS),
+            pace=LearnerPace(
+                publish_interval_s=0.01, steps_per_turn_max=100, cpu_share=1.0, rebuild_events=10, keep_versions=1,
+                batch_events_max=10, poll_timeout_s=0.2, retries_max=3, backoff_s=0.05,
+            ),
+        )  # fmt: skip
+        feed = KafkaLog({"bootstrap_servers": secured.open_at})
+        try:
+            until_s = time.monotonic() + 40
+            first = loop.model.version
+            while loop.model.version < first + 2:
+                feed.append(names.events[0], 0, [digest_event("u", 1)])
+                loop.turn()
+                assert time.monotonic() < until_s
+        finally:
+            feed.close()
+            loop.close()
+    finally:
+        log.close()
+
+
+def test_the_learners_rights_suffice(secured: Secured, topics: TopicNames, rights: Any, tmp_path: Path) -> None:
+    """With exactly the learner's table: checks at start, orders, versions, positions, older versions deleted."""
+    rights(documented("learner", topics, "c"))
+    learn(secured, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("resource", "place", "operation", "said"),
+    [
+        ("topic", "c-control", "Read", "c-control"),
+        ("topic", "c-weights", "Write", "c-weights|TopicAuthorization"),
+        ("topic", "c-weights", "Delete", "c-weights cannot be kept short"),
+        ("group", "c.learner", "Read", "Group"),
+        ("transactional id", "c.learner", "Write", "TransactionalId"),
+    ],
+)
+def test_a_right_that_the_learner_lacks_is_said(
+    secured: Secured, topics: TopicNames, rights: Any, tmp_path: Path,
+    resource: str, place: str, operation: str, said: str,
+) -> None:  # fmt: skip
+    """Without any one of them the learner stops with a ConfigError in one line."""
+    rights(without(documented("learner", topics, "c"), (resource, place, operation)))
+    with pytest.raises(ConfigError, match=said) as caught:
+        learn(secured, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def without(rights: list[Right], missing: tuple[str, str, str]) -> list[Right]:
+    left = [right for right in rights if right[:3] != missing]
+    assert len(left) == len(rights) - 1, "the table has this line"
+    return left
+
+
+MAP = "user=user,interest=interest,time=time"
+EVENT = '{"user": "u1", "interest": "a", "time": 1764037335000}\n'
+COMMANDS = [
+    ("topics create", ["topics", "create"], ("c-alerts", "Describe"), "c-alerts"),
+    ("topics list", ["topics", "list"], ("c-alerts", "Describe"), "no right to describe topic"),
+    ("tail", ["tail", "alerts", "--no-follow"], ("c-alerts", "Read"), "c-alerts"),
+    ("user and explain", ["user", "u1"], ("c-state", "Read"), "c-state"),
+    ("user and explain", ["explain", "c-events/0/0"], ("c-alerts", "Read"), "c-alerts"),
+    ("replay and simulate", ["replay", "EVENTS", "--map", MAP], ("c-events", "Write"), "AuthorizationFailed"),
+    ("forget", ["forget", "u1"], ("c-control", "Write"), "no right to describe topic 'c-control'"),
+    ("rekey", ["rekey", "SRC", "DST", "--until-end"], ("c.rekey.c-rekeyed", "Read"), "Group"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "words", "missing", "said"), COMMANDS, ids=[" ".join(c[1][:2]) for c in COMMANDS])
+def test_the_commands_rights_suffice_and_are_needed(
+    secured: Secured, topics: TopicNames, rights: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    table: str, words: list[str], missing: tuple[str, str], said: str,
+) -> None:  # fmt: skip
+    """With exactly its table a command works; without one line of it it ends with one clear line and exit code 2."""
+    (tmp_path / "events.jsonl").write_text(EVENT)
+    places = {"EVENTS": str(tmp_path / "events.jsonl"), "SRC": SRC, "DST": DST}
+    sets = [part for key, value in secured.settings(tmp_path).items() for part in ("--set", f"kafka.{key}={value}")]
+    line = [places.get(word, word) for word in words] + sets + [part for s in SETS for part in ("--set", s)]
+    every = documented(table, topics, "c")
+    taken = next(right for right in every if right[1:3] == missing)
+    rights(without(every, taken[:3]))
+    code, told = run(line, capsys)
+    assert code == 2 and said in told.strip() and len(told.strip().splitlines()) == 1, told
+    rights([taken])
+    code, told = run(line, capsys)
+    if table != "user and explain":
+        assert code == 0, told
+    else:  # there is no such user and no such alert: it could look
+        assert code == 2 and re.search("nothing is known of user 'u1'|no alert", told), told
+
+
+def run(line: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """`driftline LINE` in this process: its exit code and what it said to standard error."""
+    root = logging.getLogger()
+    handlers, levels = list(root.handlers), {n: logging.getLogger(n).level for n in (None, "kafka", "numba")}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    capsys.readouterr()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([*line, "--set", "transport=kafka"])
+    finally:
+        root.handlers[:] = handlers
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("driftline:")]
+    return int(ended.value.code or 0), "\n".join(said)
 
 
 def command(settings: dict[str, Any], *words: str) -> subprocess.CompletedProcess[str]:
