@@ -297,7 +297,7 @@ def translated(error: Exception, doing: str) -> DriftlineError:
     for classes, ours in _BY_CLASS:
         if isinstance(error, classes):
             return ours(f"{doing}: {type(error).__name__}: {_short(error)}")
-    if "AuthorizationFailed" in str(error):  # of the broker, in an error of the library that has no class of its own
+    if "ClusterAuthorizationFailed" in str(error):  # no right to write to any topic; the library has no class for it
         return ConfigError(f"{doing}: {_short(error)}; grant what docs/security.md lists")
     return Retryable(f"{doing}: {type(error).__name__}: {_short(error)}")
 
