@@ -14,7 +14,7 @@ INSTALL_TIMEOUT_S = 900
 REQUIREMENTS = {
     "quix": ["quixstreams>=3.20,<4"],
     "alibi": ["alibi-detect==0.12.0"],
-    "deep-river": ["deep-river>=0.3,<0.4"],
+    "deep-river": ["deep-river>=0.3,<0.4", "pytest"],  # it imports pytest without asking for it
 }
 
 
