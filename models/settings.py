@@ -49,7 +49,7 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 0.5
     horizon_share: Annotated[
         float, Meta(description="share of the new events that also train the steps behind the first", ge=0, le=1)
-    ] = 0.5
+    ] = 0.25
     horizon_steps: Annotated[int, Meta(description="steps that are trained, the first included", ge=1, le=50)] = 5
     auxiliary_losses: Annotated[
         bool,
