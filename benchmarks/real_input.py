@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from kafka_broker import running_broker  # noqa: E402
 
 from models.baselines import Recency, RecencyMarkov, Seen  # noqa: E402
-from stream.files import open_events  # noqa: E402
+from stream.files import FileForm, open_events  # noqa: E402
 from stream.kafka import KafkaLog  # noqa: E402
 from stream.mapping import Mapping  # noqa: E402
 from stream.transport import TopicPartition  # noqa: E402
@@ -71,7 +71,7 @@ def run(name: str, rate: float, bootstrap: str) -> tuple[str, KafkaLog, int]:
     process = subprocess.Popen([*command, "run", *options], cwd=ROOT, env=environment)
     log = KafkaLog({"bootstrap_servers": bootstrap})
     try:
-        replay = [*command, "replay", str(path), "--map", mapping, "--rate", str(rate), *options]
+        replay = [*command, "replay", str(path), "--map", mapping, "--time-unit", "s", "--rate", str(rate), *options]
         subprocess.run(replay, cwd=ROOT, env=environment, check=True, timeout=TIMEOUT_S)
         reader = log.reader()
         sent = sum(reader.bounds(TopicPartition(prefix + "events", p))[1] for p in range(PARTITIONS))
@@ -128,7 +128,7 @@ def judge(
     for sources in placed.values():
         sources.reverse()  # pop from the end gives log order
     reader.close()
-    with open_events(str(path), Mapping.parse(mapping)) as source:
+    with open_events(str(path), Mapping.parse(mapping), FileForm(time_unit="s")) as source:
         events = [(str(e["user"]), str(e["interest"]), int(e["time"])) for e in source]
     users = {u: i for i, u in enumerate(dict.fromkeys(u for u, _, _ in events))}
     interests = {i: n for n, i in enumerate(dict.fromkeys(i for _, i, _ in events))}
