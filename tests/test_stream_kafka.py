@@ -125,12 +125,23 @@ def test_appends_go_on_after_one_that_expired(own_broker: Broker, monkeypatch: p
     log.append(topic, 0, [(b"k", b"before", 1)])
     os.kill(own_broker.pid, signal.SIGSTOP)
     try:
+        wait_until_it_stands(own_broker.pid)
         with pytest.raises(Retryable):
             log.append(topic, 0, [(b"k", b"expired", 1)])
     finally:
         os.kill(own_broker.pid, signal.SIGCONT)
     assert log.append(topic, 1, [(b"k", b"after", 1)]) == 1
     log.close()
+
+
+def wait_until_it_stands(pid: int) -> None:
+    """SIGSTOP takes effect thread by thread, and on a busy machine a thread may still answer meanwhile."""
+    until_s = time.monotonic() + 10
+    while any(
+        stat.read_text().rsplit(")", 1)[1].split()[0] != "T" for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+    ):
+        assert time.monotonic() < until_s, "the broker goes on"
+        time.sleep(0.01)
 
 
 @pytest.mark.kafka
