@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--map", dest="columns", required=True)
-    parser.add_argument("--time-unit", default="ms")
+    parser.add_argument("--time-unit")
     parser.add_argument("--users", type=int, default=60)
     parser.add_argument("--arl0", type=float, default=500.0)
     parser.add_argument("--seed", type=int, default=0)

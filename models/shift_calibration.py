@@ -52,6 +52,7 @@ _LONG_WINDOW = 5  # times DELAY_MAX, there
 _SPLICES_MIN = 300  # to choose by; fewer users are spliced more often
 _LONG_VISIT = 12.0  # events in a session on average, from which on blocks of _BLOCK events are tried as well
 _TAIL_MIN, _TAIL_MAX = 0.03, 2.0
+_AGE_TAIL_MIN = 0.2  # a flatter one makes ages with few alarms jump
 _GROWTH_MIN, _GROWTH_MAX = 0.3, 0.9  # powers of the events between alarms with which thresholds grow
 _FAR = 3.0  # times the events between alarms that were matched
 _USUAL = 6
@@ -372,7 +373,8 @@ def match(folds: Sequence[Fold], rule: Rule, settings: ShiftSettings, false_alar
     threshold *= (false_alarm_events / target) ** growth
     if false_alarm_events > _FAR * target:
         threshold = max(threshold, settings.threshold)
-    tail = min(_TAIL_MAX, max(_TAIL_MIN, 1.0 / (growth * threshold)))
+    tail = math.log(3.0) / (threshold * (1.0 - 3.0**-growth))  # to a rate three times as high
+    tail = min(_TAIL_MAX, max(_TAIL_MIN, tail))
     return msgspec.structs.replace(_with(rule, threshold), tail=tail, false_alarm_events=false_alarm_events)
 
 
@@ -402,15 +404,16 @@ def match_ages(folds: Sequence[Fold], rule: Rule, settings: ShiftSettings) -> Ru
     """Thresholds by age from a rule that is matched for all ages together; ages with few alarms stay near the rest."""
     target = rule.false_alarm_events
     base = rule.thresholds[0]
+    tail = max(rule.tail, _AGE_TAIL_MIN)
     offsets = np.zeros(AGES)
     for _ in range(3):
         monitored_G, alarms_G = fold_tallies(folds, (base + offsets).tolist(), settings)
-        step = np.log((alarms_G + _POOL_ALARMS) / (monitored_G / target + _POOL_ALARMS)) / rule.tail
+        step = np.log((alarms_G + _POOL_ALARMS) / (monitored_G / target + _POOL_ALARMS)) / tail
         offsets = np.clip(offsets + step, -0.5 * base, 0.5 * base)
     shift = 0.0
     for _ in range(4):  # the whole must still keep the rate
         monitored_G, alarms_G = fold_tallies(folds, (base + offsets + shift).tolist(), settings)
-        shift += 0.7 * math.log((alarms_G.sum() + 3.0) / (monitored_G.sum() / target + 3.0)) / rule.tail
+        shift += 0.7 * math.log((alarms_G.sum() + 3.0) / (monitored_G.sum() / target + 3.0)) / tail
     return _with(rule, np.maximum(base + offsets + shift, 0.05).tolist())
 
 
