@@ -185,6 +185,7 @@ def learner(
         try:
             if config.learner.metrics_port:
                 server = Exposition(registry, health, config.learner.metrics_host, config.learner.metrics_port)
+            collect_seldom()
             made.run(stop)
         finally:
             if server is not None:
