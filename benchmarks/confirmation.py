@@ -24,13 +24,8 @@ sys.path.insert(0, str(ROOT))
 import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks.one_worker import steps_of  # noqa: E402
+from benchmarks.one_worker import records_of, steps_of  # noqa: E402
 from models.followup import FollowUp  # noqa: E402
-from stream.config import plain_events  # noqa: E402
-from stream.evaluation import read_stream  # noqa: E402
-from stream.files import FileForm, open_events  # noqa: E402
-from stream.loading import load  # noqa: E402
-from stream.mapping import Mapping  # noqa: E402
 from stream.records import BatchMetrics, ShiftAlert, Verdict  # noqa: E402
 from stream.transport import Record  # noqa: E402
 
@@ -120,10 +115,7 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", default=[])
     parser.add_argument("--dump", help="write the verdicts with their features here (.npy)")
     given = parser.parse_args()
-    with open_events(
-        given.file, Mapping.parse(given.columns), FileForm(time_unit=given.time_unit, sort=True)
-    ) as source:
-        records = list(read_stream(source, plain_events(load(None, tuple(given.sets)).config)).records)
+    records = records_of(given, tuple(given.sets))
     outcome = through(of_half(records, given.half), tuple(given.sets), given.batch)
     if given.dump:
         np.save(given.dump, outcome.followup.verdicts)

@@ -20,13 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import msgspec  # noqa: E402
 
-from benchmarks.one_worker import steps_of  # noqa: E402
+from benchmarks.one_worker import records_of, steps_of  # noqa: E402
 from models.ranking import DAY_MS  # noqa: E402
-from stream.config import plain_events  # noqa: E402
-from stream.evaluation import read_stream  # noqa: E402
-from stream.files import FileForm, open_events  # noqa: E402
-from stream.loading import load  # noqa: E402
-from stream.mapping import Mapping  # noqa: E402
 from stream.records import ALERT, ShiftAlert  # noqa: E402
 
 
@@ -53,12 +48,8 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", default=[])
     given = parser.parse_args()
     sets = (f"alerts.daily_budget={given.budget}", *given.sets)
-    with open_events(
-        given.file, Mapping.parse(given.columns), FileForm(time_unit=given.time_unit, sort=True)
-    ) as source:
-        records = list(read_stream(source, plain_events(load(None, sets).config)).records)
     by_day: dict[int, list[ShiftAlert]] = defaultdict(list)
-    for _, step in steps_of(records, sets, 2_048):
+    for _, step in steps_of(records_of(given, sets), sets, 2_048):
         for output in step.outputs:
             if output.stream == "alerts":
                 alert = msgspec.json.decode(output.value, type=ShiftAlert)

@@ -23,13 +23,8 @@ sys.path.insert(0, str(ROOT))
 import msgspec  # noqa: E402
 import orjson  # noqa: E402
 
-from benchmarks.one_worker import steps_of  # noqa: E402
+from benchmarks.one_worker import records_of, steps_of  # noqa: E402
 from models.shift_rate import poisson_interval  # noqa: E402
-from stream.config import plain_events  # noqa: E402
-from stream.evaluation import read_stream  # noqa: E402
-from stream.files import FileForm, open_events  # noqa: E402
-from stream.loading import load  # noqa: E402
-from stream.mapping import Mapping  # noqa: E402
 from stream.records import BatchMetrics, ShiftAlert  # noqa: E402
 from stream.simulate import ShopSettings, simulate  # noqa: E402
 from stream.transport import LogRecord, Record  # noqa: E402
@@ -91,10 +86,7 @@ def main() -> None:
             LogRecord("events", 0, i, time_ms, key, value) for i, (key, value, time_ms) in enumerate(shop.records())
         ]
     else:
-        with open_events(
-            given.file, Mapping.parse(given.columns), FileForm(time_unit=given.time_unit, sort=True)
-        ) as source:
-            records = list(read_stream(source, plain_events(load(None, tuple(given.sets)).config)).records)
+        records = records_of(given, tuple(given.sets))
     metrics, alerts = through(records, tuple(given.sets), given.batch)
     if given.alerts:
         Path(given.alerts).write_bytes(b"\n".join(orjson.dumps(msgspec.to_builtins(a)) for a in alerts) + b"\n")

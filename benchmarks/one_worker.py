@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,25 @@ sys.path.insert(0, str(ROOT))
 from stream.assembly import make_pipeline  # noqa: E402
 from stream.config import plain_events  # noqa: E402
 from stream.engine import PartitionState, PartitionStep, merge  # noqa: E402
+from stream.evaluation import read_stream  # noqa: E402
+from stream.files import EventSource, FileForm, open_events  # noqa: E402
 from stream.loading import load  # noqa: E402
+from stream.mapping import Mapping  # noqa: E402
 from stream.state import Arena  # noqa: E402
 from stream.transport import Record, TopicPartition  # noqa: E402
 
 TP = TopicPartition("events", 0)
+
+
+def opened(given: argparse.Namespace) -> EventSource:
+    """The events of the options FILE, --map and --time-unit, in the order of time."""
+    return open_events(given.file, Mapping.parse(given.columns), FileForm(time_unit=given.time_unit, sort=True))
+
+
+def records_of(given: argparse.Namespace, sets: tuple[str, ...]) -> list[Record]:
+    """The same as records of an input topic."""
+    with opened(given) as source:
+        return list(read_stream(source, plain_events(load(None, sets).config)).records)
 
 
 def steps_of(

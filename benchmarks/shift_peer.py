@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from benchmarks.environments import python_of  # noqa: E402
+from benchmarks.one_worker import opened  # noqa: E402
 from models.shift import ShiftSettings  # noqa: E402
 from models.shift_baselines import (  # noqa: E402
     Detector,
@@ -38,8 +39,6 @@ from models.shift_baselines import (  # noqa: E402
 )
 from models.shift_calibration import Histories, Splices, splice  # noqa: E402
 from models.shift_suites import Study, delay_row, our_detectors, rate_row, replace_settings  # noqa: E402
-from stream.files import FileForm, open_events  # noqa: E402
-from stream.mapping import Mapping  # noqa: E402
 from stream.shift_evaluation import asked, measured_settings, read_histories, study_of  # noqa: E402
 
 BEGIN, SILENT = 10, 50  # the reference of a user: these events; before the second everybody is silent
@@ -174,9 +173,7 @@ def main() -> None:
     parser.add_argument("--arl0", type=float, default=500.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    with open_events(
-        given.file, Mapping.parse(given.columns), FileForm(time_unit=given.time_unit, sort=True)
-    ) as source:
+    with opened(given) as source:
         file = read_histories(source)
     wanted = asked(None, None, str(given.arl0), 0.5, None, given.seed, labels=False)
     settings = replace_settings(measured_settings(file, ShiftSettings()), age_min_events=SILENT)
