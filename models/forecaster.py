@@ -138,7 +138,7 @@ class Forecaster:
             with torch.inference_mode():
                 for n, parts in enumerate(self._steps(hidden_EH[span], moments, steps)):
                     if n == 0:
-                        logit_ET = self._network.type_logits(parts.step.state_EH, moments)
+                        logit_ET = self._network.type_logits(parts.step.state_EH, moments.context_EG)
                         type_ET[span] = torch.softmax(logit_ET, dim=-1).numpy()
                     kernel(
                         *parts.arrays(),

@@ -255,8 +255,8 @@ class Network(nn.Module):
             return logit_EV
         return logit_EV.scatter_add_(1, follower_EM, self.lift * lift_EM)
 
-    def type_logits(self, state_EH: Tensor, moments: Moments) -> Tensor:
-        logit_ET: Tensor = self.next_type(torch.cat([state_EH, moments.context_EG], dim=-1))
+    def type_logits(self, state_EH: Tensor, context_EG: Tensor) -> Tensor:
+        logit_ET: Tensor = self.next_type(torch.cat([state_EH, context_EG], dim=-1))
         return logit_ET
 
     def next_state(self, step: Step, view: View, number: int) -> Tensor:

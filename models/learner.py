@@ -11,7 +11,7 @@ same seed give the same weights on a CPU.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -360,8 +360,9 @@ class Learner:
         view = network.view(moments, embedding_SD)
         step = network.step(network.at_moment(hidden_EH, moments), view)
         steps, at = [step.first(len(next_E))], [np.arange(len(next_E))]
-        if len(row_L):
-            self._steps_behind(step, view, ahead, len(next_E), steps, at)
+        for later, at_L in self._steps_behind(step, view, ahead, len(next_E)):
+            steps.append(later)
+            at.append(at_L)
         at_E = np.concatenate(at)
         target_E = np.concatenate([history.interest[next_E], ahead.target_L[at_E[len(next_E) :] - len(next_E)]])
         log_p_E, known_E = self._log_p(Step.joined(steps), moments, candidates.key_EC[at_E], target_E, at_E)
@@ -373,8 +374,8 @@ class Learner:
         new_loss = -float(log_p_E[: len(number_B)].detach().sum()) / new if new else float("nan")
         if learning.auxiliary_losses:
             kinds = self._tensor(history.type[next_E])
-            seen_EG = torch.cat([steps[0].state_EH, moments.context_EG[: len(next_E)]], dim=-1)
-            loss = loss + _TYPE_WEIGHT * f.cross_entropy(network.next_type(seen_EG), kinds)
+            type_ET = network.type_logits(steps[0].state_EH, moments.context_EG[: len(next_E)])
+            loss = loss + _TYPE_WEIGHT * f.cross_entropy(type_ET, kinds)
             if len(row_L):
                 loss = loss - _HORIZON_WEIGHT * log_p_E[len(next_E) :].sum() / len(row_L)
         return loss, new_loss
@@ -398,10 +399,14 @@ class Learner:
             target_L=history.interest[chosen[there] % history.capacity],
         )
 
-    def _steps_behind(
-        self, step: Step, view: View, ahead: _Ahead, first: int, steps: list[Step], at: list[I64]
-    ) -> None:
-        """Decode on from the moments behind the first ones; each leaves at its own step, the farthest come first."""
+    def _steps_behind(self, step: Step, view: View, ahead: _Ahead, first: int) -> Iterator[tuple[Step, I64]]:
+        """Decode on from the moments behind the first ones; each leaves at its own step, the farthest come first.
+
+        Yields:
+            What is due at a step, and the moments that it belongs to.
+        """
+        if not len(ahead.row_L):
+            return
         step, view = step.after(first), view.after(first)
         for number in range(2, int(ahead.back_L[0]) + 2):
             left = int((ahead.back_L + 1 >= number).sum())
@@ -409,8 +414,7 @@ class Learner:
             step = self._network.step(self._network.next_state(step, view, number), view)
             due = np.flatnonzero(ahead.back_L[:left] + 1 == number)
             if len(due):
-                steps.append(step.after(int(due[0])))
-                at.append(first + due)
+                yield step.after(int(due[0])), first + due
 
     def _burn_in(self, number_E: I64, embedding_S: Tensor) -> tuple[Tensor, Tensor]:
         """States before these events, by the GRU over the events before them from a carried state on.

@@ -77,7 +77,7 @@ def test_gradients_reach_every_parameter() -> None:
     )
     general_E = torch.log_softmax(logit_EV, dim=1)[:, 3]
     loss = -log_probability(later, general_E, torch.tensor([0, 0, 0, 1, -1])).sum()
-    loss = loss + net.type_logits(hidden_EH, moments).square().sum()
+    loss = loss + net.type_logits(hidden_EH, moments.context_EG).square().sum()
     loss.backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
