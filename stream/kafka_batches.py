@@ -3,7 +3,8 @@
 kafka-python 3.0.12 takes a batch apart in Python, which was a quarter of all that a worker's main thread did. Here one
 compiled pass finds where each record's key and value lie, and the rest is slices. What surrounds it stays the
 library's: fetching, checksums, decompression, which transactions were aborted, positions. Layout of a batch: Kafka's
-documentation, "Message Format", record batch v2.
+documentation, "Message Format", record batch v2. Readers outside a group keep the library's decoder: what they read
+are few and large records, or a command that should not wait for a compiler.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from stream.transport import Position, TopicPartition
 
 BATCH_BYTES = 256 << 10
 LINGER_MS = 20  # records gather while the worker computes; `flush` does not wait for it
-REQUEST_BYTES_MAX = 1 << 20
+REQUEST_BYTES_MAX = 1 << 20  # the library's default of max_request_size
 _CLOSE_TIMEOUT_S = 2.0
 
 
@@ -109,7 +109,7 @@ class KafkaProducer:
         except kafka_errors.KafkaError as error:
             raise self._break(error, "send") from error
 
-    def _append(self, place: ClientPartition, key: bytes | None, value: Any, timestamp_ms: int | None) -> None:
+    def _append(self, place: ClientPartition, key: bytes | None, value: bytes | None, timestamp_ms: int | None) -> None:
         """What the library's `send` comes to for the next record of a partition; its checks take as long again."""
         future, full, new, _ = self._client._accumulator.append(place, timestamp_ms, key, value, [])
         self._futures.append(future)

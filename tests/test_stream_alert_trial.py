@@ -14,8 +14,8 @@ import orjson
 import pytest
 
 from models.features import interest_key
+from models.shift import GroupTable
 from models.shift_calibration import Histories, run
-from models.shift_rule import fixed_rule
 from stream.assembly import make_worker, names_of, topic_specs
 from stream.config import Config
 from stream.loading import load
@@ -155,14 +155,8 @@ def test_alerts_in_the_topic_are_those_of_the_kernel(transport: Transport, inter
         share=np.full(len(events), UNSEEN),
     )
     shift = config.shift
-    rule = fixed_rule(
-        by_session=True,
-        threshold=shift.threshold,
-        drift=shift.drift,
-        kappa=shift.kappa,
-        half_life_events=shift.slow_half_life_events,
-        hold_share=shift.hold_share,
-    )
+    rule = GroupTable(shift).rule  # of a partition that has seen no epoch cut
+    assert rule.by_session
     done = run(histories, rule, shift)
     wanted = {(events[e]["user"], events[e]["time"]): e for e in np.flatnonzero(done.alert_B).tolist()}
     assert set(told) == set(wanted)

@@ -219,6 +219,13 @@ def work(secured: Secured, folder: Path, app: str, count: int = 40) -> None:
         log.close()
 
 
+def without(rights: list[Right], missing: tuple[str, str, str]) -> list[Right]:
+    """All but one line of a table."""
+    left = [right for right in rights if right[:3] != missing]
+    assert len(left) == len(rights) - 1, "the table has this line"
+    return left
+
+
 def test_the_documented_rights_suffice(secured: Secured, rights: Any, tmp_path: Path) -> None:
     """With exactly the worker's table: checks at start, restore, transactions, outputs, state, DeleteRecords."""
     rights(documented("worker", secured.names, "app"))
@@ -239,10 +246,7 @@ def test_a_missing_right_is_said(
     secured: Secured, rights: Any, tmp_path: Path, resource: str, place: str, operation: str, said: str
 ) -> None:
     """Without any one of them the worker stops with a ConfigError (exit code 2) that names what it may not do."""
-    every = documented("worker", secured.names, "app")
-    left = [right for right in every if right[:3] != (resource, place, operation)]
-    assert len(left) == len(every) - 1, "the table has this line"
-    rights(left)
+    rights(without(documented("worker", secured.names, "app"), (resource, place, operation)))
     with pytest.raises(ConfigError, match=said) as caught:
         work(secured, tmp_path, "app")
     assert "\n" not in str(caught.value)
@@ -324,12 +328,6 @@ def test_a_right_that_the_learner_lacks_is_said(
     with pytest.raises(ConfigError, match=said) as caught:
         learn(secured, tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def without(rights: list[Right], missing: tuple[str, str, str]) -> list[Right]:
-    left = [right for right in rights if right[:3] != missing]
-    assert len(left) == len(rights) - 1, "the table has this line"
-    return left
 
 
 MAP = "user=user,interest=interest,time=time"
