@@ -6,7 +6,7 @@ and is applied after the commit. The frozen part changes at epoch cuts only, by 
 
     snapshot  zlib of msgpack: every array, names, the rule
     delta     msgpack of (keys, counts, new names, tally places and counts, events of shadow users, first and newest
-              event time, surges, what became of alerts), little endian
+              event time, surges, what became of alerts, drifts), little endian
     shadow    users whose keyed hash lies under a limit that halves when their histories outgrow the budget; their
               events are kept (interest, time) so that a cut can replay them: see models/shift_calibration.py
 """
@@ -14,13 +14,14 @@ and is applied after the commit. The frozen part changes at epoch cuts only, by 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from models.drifts import WATCHED_MIN, Drifts, StreamChange
 from models.features import U8, U32, U64
 from models.followup import FollowUp, FollowUpSnapshot
 from models.index import KeyIndex
@@ -117,6 +118,7 @@ class _Delta(msgspec.Struct, array_like=True):
     surges: SurgesDelta | None
     suppressed: int
     followup: bytes
+    drifts: list[StreamChange] = []
 
 
 class _Snapshot(msgspec.Struct, array_like=True):
@@ -139,6 +141,7 @@ class _Snapshot(msgspec.Struct, array_like=True):
     surges: SurgesSnapshot
     suppressed: int
     followup: FollowUpSnapshot
+    drifts: list[StreamChange] = []
 
 
 class GroupTable:
@@ -178,6 +181,8 @@ class GroupTable:
         self.surges = Surges()
         self.suppressed = 0  # users' alarms since the last surge was told
         self.followup = FollowUp()
+        self.drifts = Drifts()
+        self._entropy: dict[int, float] = {}  # nats, by segment; of the frozen shares
         self.traffic = Traffic()  # frozen: up to the last cut
         self._first_ms = 0  # of the partition's first event
         self._newest_ms = 0
@@ -196,6 +201,23 @@ class GroupTable:
         key_B = (segment_B.astype(np.uint64) << np.uint64(32)) | interest_B.astype(np.uint64)
         of_segment_B = (self._weights_of(key_B) + _SEGMENT_PRIOR * all_B) / (self._total_S[segment_B] + _SEGMENT_PRIOR)
         return all_B, np.where(segment_B > 0, of_segment_B, all_B)
+
+    def beyond(self, interest_B: U32, segment: int) -> F64:
+        """-log share of each event's interest in a segment (0 = all), less what it is on average; nats, finite."""
+        if segment not in self._entropy:
+            known = self._keys[(self._keys < _ONE_INTEREST) & (self._weight > 0)].astype(np.uint32)
+            share = self._shares_in(known, segment)
+            unseen = 1.0 / max(1, _UNSEEN_INTERESTS) * max(0.0, 1.0 - float(share.sum()))
+            rest = -_UNSEEN_INTERESTS * unseen * float(np.log(unseen)) if unseen > 0.0 else 0.0
+            self._entropy[segment] = float(-(share * np.log(share)).sum()) + rest
+        return -np.log(self._shares_in(interest_B, segment)) - self._entropy[segment]
+
+    def _shares_in(self, interest_B: U32, segment: int) -> F64:
+        return self.shares(interest_B, np.full(len(interest_B), segment, np.uint8))[1]
+
+    def watched(self, segment: int) -> bool:
+        """Whether enough events are known of a segment (0 = all) to say what its long run is. Frozen in an epoch."""
+        return bool(self._total_S[segment] >= WATCHED_MIN)
 
     def _weights_of(self, key_B: U64) -> F64:
         row = self._index.find(key_B)
@@ -241,12 +263,14 @@ class GroupTable:
         names: Mapping[int, str],
         suppressed: int | None = None,
         followup: bytes = b"",
+        drifts: Sequence[StreamChange] = (),
     ) -> bytes:
         """What a batch adds to this table; the table itself stays as it is. Empty if there were no events.
 
         Args:
             suppressed: alarms suppressed since the last surge was told, as of now; None: as before.
             followup: what the batch adds to what became of alerts (models/followup.py).
+            drifts: what it adds to the streams that are watched for drifts (models/drifts.py).
         """
         if not len(events):
             return b""
@@ -272,6 +296,7 @@ class GroupTable:
                 None if advanced.crowd is None else self.surges.delta(advanced.crowd_keys_K, advanced.crowd),
                 self.suppressed if suppressed is None else suppressed,
                 followup,
+                list(drifts),
             )
         )
 
@@ -296,6 +321,7 @@ class GroupTable:
         self.suppressed = delta.suppressed
         if delta.followup:
             self.followup.apply(delta.followup)
+        self.drifts.apply(delta.drifts)
         if delta.surges is not None:
             changed = np.frombuffer(delta.surges.keys, "<u8").astype(np.uint64)
             self.surges.apply(delta.surges, self._index.find(changed))
@@ -341,6 +367,7 @@ class GroupTable:
         table._append(self._keys[kept])
         table._weight = weight[kept]
         table.suppressed, table.followup = self.suppressed, self.followup.cut()
+        table.drifts = Drifts.load(self.drifts.dump())
         table.surges = self.surges.cut(kept, table._keys, settings.population_half_life_events)
         table._recount()
         interests = set(table._keys[table._keys < _ONE_INTEREST].tolist())
@@ -393,6 +420,7 @@ class GroupTable:
                     self.surges.dump(),
                     self.suppressed,
                     self.followup.dump(),
+                    self.drifts.dump(),
                 )
             ),
             1,
@@ -422,6 +450,6 @@ class GroupTable:
         table.shadow_limit, table.shadow = np.uint64(saved.shadow_limit), Shadow.load(saved.shadow)
         table.traffic, table._first_ms, table._newest_ms = saved.traffic, saved.first_ms, saved.newest_ms
         table.surges, table.suppressed = Surges.load(saved.surges, table._keys), saved.suppressed
-        table.followup = FollowUp.load(saved.followup)
+        table.followup, table.drifts = FollowUp.load(saved.followup), Drifts.load(saved.drifts)
         table._recount()
         return table

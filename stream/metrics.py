@@ -215,6 +215,10 @@ class WorkerMetrics:
         )  # fmt: skip
         self._by_age: dict[str, list[int]] = {}
         self._sums = {"monitored": 0.0, "alarms": 0.0, "expected_alarms": 0.0}
+        self._drifted = Counter(
+            "driftline_drifts", "Times that river's ADWIN, or Page-Hinkley (rises), saw a drift: of the interests of "
+            "all or of a segment, or of the forecasts' error", ["figure", "scope", "detector"], registry=registry,
+        )  # fmt: skip
         self._happened = Counter("driftline_happenings", "What the loop met, by name", ["name"], registry=registry)
 
     def turn(self, turn: Turn) -> None:
@@ -233,6 +237,7 @@ class WorkerMetrics:
         self._stages.labels("commit").observe(turn.commit_s)
         for m in counted:
             self._quality(m)
+            self._drifts(m)
         self._rates(counted)
         self._confirmations(counted)
         if counted:
@@ -252,6 +257,15 @@ class WorkerMetrics:
         self._between.labels("measured").set(monitored / alarms if alarms else math.inf)
         self._between.labels("low").set(monitored / many)
         self._between.labels("high").set(monitored / few if few else math.inf)
+
+    def _drifts(self, m: BatchMetrics) -> None:
+        for drift in m.drifts:
+            self._drifted.labels(drift.figure, drift.scope, drift.detector).inc()
+            log.warning(
+                "event=drift figure=%s scope=%s segment=%s detector=%s before=%.4f after=%.4f onset_events=%d",
+                drift.figure, drift.scope, drift.segment or "-", drift.detector, drift.before, drift.after,
+                drift.onset_events,
+            )  # fmt: skip
 
     def _confirmations(self, counted: Sequence[BatchMetrics]) -> None:
         """What became of alerts, beside random moments of users of the same age."""

@@ -14,7 +14,7 @@ Everything that judges an event is computed from the record BEFORE it. What cros
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import merge
 from operator import attrgetter
 from typing import Any
@@ -25,14 +25,16 @@ import numpy.typing as npt
 
 from models.confirmation import moments
 from models.dedupe import first_sightings
+from models.drifts import StreamChange
 from models.features import EventColumns, type_name
 from models.forecaster import Forecaster
 from models.profile import Advanced, EmissionSettings, Snapshot, advance, emission_names, user_dtype_of
 from models.ranking import allowance
 from models.shift import GroupTable, ShiftSettings
 from stream import records as out
-from stream.alerts import Batch, Places, Told, places, tell
+from stream.alerts import SPEAKER, Batch, Places, Told, places, tell
 from stream.confirming import Allowed
+from stream.drifting import drifts_of
 from stream.engine import Output, PartitionState, PartitionStep
 from stream.errors import BadEvent
 from stream.events import Decoded, EventDecoder, EventSettings, refuse
@@ -48,8 +50,6 @@ _timestamp = attrgetter("timestamp")  # clicks and purchases of a batch are take
 _TYPES = 4  # event types named in a forecast
 Floats = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
-
-
 # Told, in place of the live score, of the scored events: the batch, the records before them, the hidden states before
 # them, and the seconds since each user's event before.
 Judge = Callable[[Decoded, Snapshot, Floats, Floats], None]
@@ -95,6 +95,7 @@ class _Part:
     score_B: npt.NDArray[np.bool_]
     moment_B: npt.NDArray[np.bool_]  # random moments, at which nothing happened: alerts are compared with them
     where: Places
+    drift_changes: list[StreamChange] = field(default_factory=list)
     first_event: int = 0  # where this part's events begin in the whole batch
     first_user: int = 0
 
@@ -264,6 +265,9 @@ class Pipeline:
             ours = self.forecaster.rank(before_BH[event_E], seen, part.advanced.gap_s_B[event_E], target_E1)[:, 0]
             rule = _recency_rank(seen, target_E1[:, 0])
             moves = seen.ring_interest_ER[:, 0] != target_E1[:, 0]
+        drifts: list[out.Drift] = []
+        if part.partition == SPEAKER:
+            drifts, part.drift_changes = drifts_of(part.state.groups, part.decoded, (event_E, ours))
         return BatchMetrics(
             partition=part.partition,
             first_offset=part.first_offset,
@@ -280,6 +284,7 @@ class Pipeline:
             suppressed=told.suppressed,
             notices=told.notices,
             judged=told.judged,
+            drifts=drifts,
             new_users=len(part.new_users),
             **misplaced(part.new_users, part.partition, self._settings.partitions),
             **_rates(part),
@@ -369,7 +374,9 @@ class Pipeline:
         """Everything the batch does to the partition, and its sums as a record of their own."""
         state = part.state
         seen = state.seen + part.read
-        delta = state.groups.delta(part.decoded.columns, part.advanced, part.names, told.pending, told.followup)
+        delta = state.groups.delta(
+            part.decoded.columns, part.advanced, part.names, told.pending, told.followup, part.drift_changes
+        )
         after = None
         touched = part.records["key"]
         erased = part.to_erase[(state.arena.block_of(part.to_erase) >= 0) | np.isin(part.to_erase, touched)]

@@ -199,6 +199,32 @@ class JudgedGroup(msgspec.Struct, frozen=True, kw_only=True):
     moments_confirmed: int = 0
 
 
+class Drift(msgspec.Struct, frozen=True, kw_only=True):
+    """What all users do, or a segment, or the forecasts' error, has drifted: seen by a detector of river, told once by
+    the owner of partition 0.
+
+    Attributes:
+        figure: interests: nats by which an event's interest is rarer than the long run has it, mean of slices of 256
+            events; forecast_error: 1 - 1 / rank of what came, of the scored events.
+        scope: all or segment; `segment` says which.
+        detector: adwin (any change of the mean) or page_hinkley (a rise).
+        source: the event that completed the slice.
+        onset_ms, onset_events: estimated begin of the change: event time, and events of the figure since then.
+        before, after: mean of the figure up to the onset and since.
+    """
+
+    figure: str
+    scope: str
+    segment: str = ""
+    detector: str
+    source: Source
+    detected_at_ms: int
+    onset_ms: int
+    onset_events: int
+    before: float
+    after: float
+
+
 class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Topic `metrics`: what one transaction did in one partition. Everything is a sum: add records up for any span.
 
@@ -218,6 +244,7 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
         scored: events whose forecast, made before them, was scored (events of the users in the quality share that
             have a history).
         reciprocal_ranks, hits_10: sums over the scored events, of our forecast for the next step.
+        drifts: of what all users do, or a segment, or of the forecasts' error; in the record of partition 0 alone.
         recency_reciprocal_ranks, recency_hits_10: the same of the recency rule on the same events.
         scored_moves, ..._moves: the same over those scored events that do not repeat the user's last interest.
     """
@@ -256,6 +283,7 @@ class BatchMetrics(msgspec.Struct, frozen=True, kw_only=True):
     hits_10_moves: int = 0
     recency_reciprocal_ranks_moves: float = 0.0
     recency_hits_10_moves: int = 0
+    drifts: list[Drift] = []
 
 
 _encoder = msgspec.json.Encoder()

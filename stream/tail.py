@@ -186,7 +186,9 @@ def _metrics(record: Record) -> str:
     quality = f", MRR {m.reciprocal_ranks / m.scored:.3f} (recency {m.recency_reciprocal_ranks / m.scored:.3f})"
     return (
         f"{time_text(m.time_ms)}  partition {m.partition} up to {m.next_offset}: {m.events} events, "
-        f"{m.forecasts} forecasts, {m.alerts} alerts, {m.dead_letters} dead letters" + (quality if m.scored else "")
+        f"{m.forecasts} forecasts, {m.alerts} alerts, {m.dead_letters} dead letters"
+        + (quality if m.scored else "")
+        + "".join(f", drift of {d.figure} ({d.segment or d.scope}, {d.detector})" for d in m.drifts)
     )
 
 
