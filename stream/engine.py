@@ -38,6 +38,7 @@ class PartitionState:
         rewrite_below: blocks below this number may hold users that were to be forgotten; 0 = none do.
         suspects: the side table of evidence.
         parts: pieces of a group table that a restore has read so far.
+        deltas: of the group table, that a restore has read since the newest whole one: where they lie, and their bytes.
     """
 
     arena: Arena
@@ -52,6 +53,7 @@ class PartitionState:
     hidden_each: int = 0
     suspects: Suspects = field(default_factory=Suspects)
     parts: list[bytes] = field(default_factory=list)
+    deltas: list[tuple[str, bytes]] = field(default_factory=list)
 
     def hidden_bytes(self, gap: int, offset: int) -> int:
         """What `gap` offsets without a record before `offset` of the state log hide; one is a transaction's mark."""

@@ -9,7 +9,8 @@ could rewind the group. Never "until position == end": the end may be a marker t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -105,6 +106,7 @@ def restore(
                     # A crash loop leaves aborted transactions behind: they make the log longer as well.
                     state.hidden_until, state.hidden_each = record.offset, state.log_bytes // max(1, blocks)
                     state.log_bytes += gaps * state.hidden_each
+                    apply_deltas(engine, state)
                     return state
                 fold(engine, state, block, where)
                 state.log_bytes += len(record.value)
@@ -132,16 +134,33 @@ def fold(engine: Engine, state: PartitionState, block: changelog.Block, where: s
     Raises:
         Corrupt: its checksum holds, but what lies in it is not of this program's format; names `where` it lies.
     """
+    with _readable(block.kind, where):
+        _fold(engine, state, block, where)
+
+
+@contextmanager
+def _readable(kind: Kind, where: str) -> Iterator[None]:
     try:
-        _fold(engine, state, block)
-    except (ValueError, msgspec.MsgspecError) as error:
+        yield
+    except (ValueError, LookupError, msgspec.MsgspecError) as error:
         raise Corrupt(
-            f"{where}: {block.kind.name.lower()} cannot be read: {error}; run the version of driftline that wrote it, "
+            f"{where}: {kind.name.lower()} cannot be read: {error}; run the version of driftline that wrote it, "
             "or start with a new app.name and new topics"
         ) from error
 
 
-def _fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None:
+def apply_deltas(engine: Engine, state: PartitionState) -> None:
+    """What the group table became since its newest whole one; without one the log still has them all.
+
+    Not at once: deltas at the head of a cleaned log belong to a table that is gone, and a newer whole one follows.
+    """
+    for where, payload in state.deltas:
+        with _readable(Kind.GROUP_DELTA, where):
+            engine.apply_group_delta(state.groups, payload)
+    state.deltas.clear()
+
+
+def _fold(engine: Engine, state: PartitionState, block: changelog.Block, where: str) -> None:
     if block.kind is Kind.USERS and block.records is not None:
         state.arena.merge(changelog.migrate(block.records, engine.dtype))
     elif block.kind in (Kind.TOMBSTONES, Kind.ERASED) and block.records is not None:
@@ -157,8 +176,9 @@ def _fold(engine: Engine, state: PartitionState, block: changelog.Block) -> None
         if len(pieces) == block.pieces:  # else the log begins in the middle of a table, and a newer one follows
             state.groups = engine.groups_from_snapshot(b"".join([*pieces, block.payload]))
             state.groups_block = block.number - block.pieces
+            state.deltas.clear()
             state.suspects.trim()
     elif block.kind is Kind.GROUP_DELTA:
-        engine.apply_group_delta(state.groups, block.payload)
+        state.deltas.append((where, block.payload))
     if block.kind is not Kind.BARRIER:
         state.next_block = max(state.next_block, block.number + 1)

@@ -36,14 +36,33 @@ class DigestOutput(msgspec.Struct, frozen=True, kw_only=True):
     weights: int
 
 
+class CountingDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a batch adds to a table that counts `before` events."""
+
+    before: int
+    counts: dict[str, int]
+
+
 class CountingGroups:
-    """Events of the partition by first letter of the interest: enough to see a lost or doubled group delta."""
+    """Events of the partition by first letter of the user: enough to see a lost or doubled group delta.
+
+    A delta fits its own table only, as those of the real group table do.
+    """
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
         self.counts: Counter[str] = Counter(counts or {})
 
     def snapshot(self) -> bytes:
         return msgspec.json.encode(dict(sorted(self.counts.items())))
+
+    def delta(self, counts: Mapping[str, int]) -> bytes:
+        return msgspec.json.encode(CountingDelta(before=self.counts.total(), counts=dict(counts)))
+
+    def apply(self, payload: bytes) -> None:
+        delta = msgspec.json.decode(payload, type=CountingDelta)
+        if delta.before != self.counts.total():
+            raise ValueError(f"the delta of a table of {delta.before} events meets one of {self.counts.total()}")
+        self.counts.update(delta.counts)
 
 
 class DigestEngine:
@@ -71,7 +90,7 @@ class DigestEngine:
         return copy
 
     def apply_group_delta(self, groups: CountingGroups, payload: bytes) -> None:
-        groups.counts.update(msgspec.json.decode(payload, type=dict[str, int]))
+        groups.apply(payload)
 
     def process(
         self, states: Mapping[int, PartitionState], inputs: Mapping[TopicPartition, Sequence[Record]]
@@ -126,7 +145,7 @@ class DigestEngine:
             seen=seen,
             watermark_ms=max([state.watermark_ms, *(r.timestamp for r in records)]),
             outputs=outputs,
-            group_delta=msgspec.json.encode(counts) if after is None and counts else b"",
+            group_delta=state.groups.delta(counts) if after is None and counts else b"",
             groups_after=after,
         )
 

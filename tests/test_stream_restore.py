@@ -192,6 +192,7 @@ def test_group_tables_of_another_format_are_refused(monkeypatch: pytest.MonkeyPa
         state = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups())
         with pytest.raises(Corrupt, match=r"state-0@7: .*(format 99|expected|Expected).*app\.name") as caught:
             restore.fold(pipeline, state, block, "state-0@7")
+            restore.apply_deltas(pipeline, state)
         assert "\n" not in str(caught.value)
 
 

@@ -102,6 +102,7 @@ def restore_to_the_end_without_a_barrier(patch: pytest.MonkeyPatch) -> None:
         for record in transport.reader().read(TopicPartition(topic, partition), 0, 0.0, 10_000):
             restoring.fold(engine, state, restoring.changelog.decode(record.value, topic), topic)
             state.log_bytes += len(record.value)
+        restoring.apply_deltas(engine, state)
         return state
 
     patch.setattr(working, "restore", restore)
@@ -129,6 +130,16 @@ def every_failure_is_void(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Worker, "_settle", careless)
 
 
+def deltas_of_a_table_that_is_gone(patch: pytest.MonkeyPatch) -> None:
+    fold = restoring.fold
+
+    def hasty(engine, state, block, where):  # type: ignore[no-untyped-def]
+        fold(engine, state, block, where)
+        restoring.apply_deltas(engine, state)
+
+    patch.setattr(restoring, "fold", hasty)
+
+
 MUTATIONS = [
     merge_before_the_commit,
     barrier_with_positions,
@@ -138,6 +149,7 @@ MUTATIONS = [
     restore_to_the_end_without_a_barrier,
     deletion_before_the_commit,
     every_failure_is_void,
+    deltas_of_a_table_that_is_gone,
 ]
 
 
