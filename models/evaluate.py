@@ -15,6 +15,8 @@ interest was not known). An event is in several strata:
 A model with probabilities is also judged by them: whether an interest that was given 0.3 comes three times in ten
 (calibration), and how far the forecast share of each interest among the next n events is from its share among those
 events (an interest's forecast share is the mean of its probabilities at steps 1..n).
+
+A model that says how likely an interest is to be bought is judged by that too: pairs of a moment and an interest.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 
 from models.features import TYPE_CODES
 
@@ -181,6 +184,54 @@ def next_events(user_E: Ints, steps: int) -> Ints:
         before = index_EN[:, step - 1]
         index_EN[:, step] = np.where(before >= 0, after_E[before], -1)
     return index_EN
+
+
+# ---------------------------------------------------------------------- purchases
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PurchaseFigures:
+    """Of pairs of a moment and an interest: was it bought within the user's next n events?
+
+    Attributes:
+        n, bought: pairs, and those bought.
+        log_loss: mean -log of the probability given to what became of the pair.
+        auc: chance that a pair that was bought was given more than one that was not; None where there is but one kind.
+        ece: mean gap between probability and share bought, over 15 bins of equally many pairs.
+    """
+
+    n: int
+    bought: int
+    log_loss: float | None
+    auc: float | None
+    ece: float | None
+
+
+def purchase_figures(probability_P: Doubles, bought_P: Bools) -> PurchaseFigures:
+    """How good probabilities of purchases are; those of 0 and 1 count as one in a million from there.
+
+    Example:
+        >>> found = purchase_figures(np.array([0.5, 0.1, 0.1]), np.array([True, False, False]))
+        >>> found.auc, round(found.log_loss, 3)
+        (1.0, 0.301)
+    """
+    count, hits = len(bought_P), int(bought_P.sum())
+    if not count:
+        return PurchaseFigures(n=0, bought=0, log_loss=None, auc=None, ece=None)
+    safe_P = np.clip(probability_P.astype(np.float64), 1e-6, 1.0 - 1e-6)
+    loss = -np.where(bought_P, np.log(safe_P), np.log1p(-safe_P)).mean()
+    auc = None
+    if 0 < hits < count:
+        auc = (rankdata(safe_P)[bought_P].mean() - (hits + 1) / 2) / (count - hits)
+    bins = np.array_split(np.argsort(safe_P, kind="stable"), CALIBRATION_BINS)
+    gaps = (abs(safe_P[b].mean() - bought_P[b].mean()) * len(b) for b in bins if len(b))
+    return PurchaseFigures(
+        n=count,
+        bought=hits,
+        log_loss=round(float(loss), 6),
+        auc=None if auc is None else round(float(auc), 6),
+        ece=round(float(sum(gaps)) / count, 6),
+    )
 
 
 # ---------------------------------------------------------------------- probabilities

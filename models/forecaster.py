@@ -20,6 +20,7 @@ from models.gru import Moments, Network, Step
 from models.inputs import Normaliser
 from models.knowledge import Candidates, Knowledge
 from models.profile import HIDDEN, Snapshot
+from models.purchases import Purchases, pairs_of
 from models.settings import NetworkSettings
 from models.snapshot import Tensors, Weights
 from models.successors import Successors
@@ -36,19 +37,25 @@ class Forecast:
         interest_ENK: keys, the most probable first; 0 where there are fewer.
         probability_ENK: of each.
         type_probability_ET: of each type code, for the next event.
+        purchase_probability_EK: of the interests of step 1, to be bought within the next n events, where n is the
+            `horizon_steps` of the learning; 0 while no purchase was ever seen.
     """
 
     interest_ENK: U32
     probability_ENK: F32
     type_probability_ET: F32
+    purchase_probability_EK: F32
 
 
 class Forecaster:
     """One version of the weights, ready to use."""
 
-    def __init__(self, network: Network, knowledge: Knowledge, keys_V: U32, names: list[str], version: int) -> None:
+    def __init__(
+        self, network: Network, knowledge: Knowledge, purchases: Purchases, keys_V: U32, names: list[str], version: int
+    ) -> None:
         self._network = network
         self._knowledge = knowledge
+        self._purchases = purchases
         self._keys_V = keys_V
         self._names = names
         self._log_popularity_V = torch.from_numpy(knowledge.log_popularity_V)
@@ -77,7 +84,13 @@ class Forecaster:
             Successors(*(tensors[f"successors.{name}"] for name in ("follower", "weight", "total", "stay"))),
             Normaliser(sums_3M=tensors["normaliser.sums"]),
         )
-        return Forecaster(network, knowledge, keys_V, weights.names, weights.version)
+        purchases = Purchases(tensors["purchases.weight"], tensors["purchases.pairs"])
+        return Forecaster(network, knowledge, purchases, keys_V, weights.names, weights.version)
+
+    @property
+    def knows_purchases(self) -> bool:
+        """Whether any purchase was learned from: else their forecasts say nothing."""
+        return self._purchases.known
 
     def name(self, interest_key: int) -> str | None:
         """The name of an interest of the vocabulary; None where it is not known."""
@@ -131,6 +144,7 @@ class Forecaster:
         interest_ENK = np.zeros((count, steps, top_k), np.uint32)
         probability_ENK = np.zeros((count, steps, top_k), np.float32)
         type_ET = np.zeros((count, TYPE_COUNT), np.float32)
+        bought_EK = np.zeros((count, top_k), np.float32)
         kernel: Any = _top
         for span in self._spans(count):
             gap_s = None if gap_s_E is None else gap_s_E[span]
@@ -148,7 +162,28 @@ class Forecaster:
                         interest_ENK[span, n],
                         probability_ENK[span, n],
                     )
-        return Forecast(interest_ENK=interest_ENK, probability_ENK=probability_ENK, type_probability_ET=type_ET)
+                    if n == 0 and self._purchases.known:
+                        bought_EK[span] = self._bought(
+                            parts.step.state_EH, snapshot.take(span), candidates, moments, interest_ENK[span, 0]
+                        )
+        return Forecast(
+            interest_ENK=interest_ENK,
+            probability_ENK=probability_ENK,
+            type_probability_ET=type_ET,
+            purchase_probability_EK=bought_EK,
+        )
+
+    def _bought(
+        self, state_EH: torch.Tensor, snapshot: Snapshot, candidates: Candidates, moments: Moments, key_EK: U32
+    ) -> F32:
+        """Probability that each interest is bought within the horizon, 0 for key 0."""
+        pairs = pairs_of(self._knowledge, self._purchases, snapshot, candidates, moments, key_EK)
+        logit_P = self._network.purchase_logits(
+            state_EH, moments.context_EG, pairs.buyer_EU, pairs.owner_P, pairs.number_PF, pairs.prior_P
+        )
+        bought_EK = np.zeros(key_EK.shape, np.float32)
+        bought_EK[key_EK != 0] = torch.sigmoid(logit_P).numpy()
+        return bought_EK
 
     def rank(self, hidden_EH: F32, snapshot: Snapshot, gap_s_E: F32 | None, target_EN: U32) -> I64:
         """Rank of the interest of each of the next N events among all: 1 = best, ties count against us.
@@ -304,6 +339,8 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
         "successors.weight": successors.weight_VM,
         "successors.total": successors.total_V,
         "successors.stay": successors.stay_V,
+        "purchases.weight": np.zeros(0, np.float32),
+        "purchases.pairs": np.zeros((2, 2)),
         "normaliser.sums": Normaliser.initial().sums_3M,
     }
     return Weights(version=0, settings=settings, tensors=tensors)

@@ -38,6 +38,8 @@ COUNTED_COUNT = 2 + SOURCES + CROWD_COUNT  # of a candidate: lift, log popularit
 CANDIDATE_NUMBERS = FEATURE_COUNT + COUNTED_COUNT
 LAST_COUNT = 3  # of a moment: of the last interest the share of stays, followers among the candidates, popularity
 MOMENT_NUMBERS = CONTEXT_COUNT + LAST_COUNT
+PAIR_NUMBERS = CANDIDATE_NUMBERS + 2  # of a moment and an interest: not the user's own, share of purchases
+BUYER_COUNT = 5  # of a user: what is known of his purchases, see models/purchases.py
 STEP_CODES = 8  # steps of the decoder that are told apart
 GATE_START = 0.997  # with the copy score -log(slot): no general interest passes the last of 48 candidates
 NEVER = -30.0  # logarithm of a probability that is none
@@ -164,8 +166,14 @@ class Network(nn.Module):
         self.lift = nn.Parameter(torch.ones(()))
         self.next_type = nn.Linear(HIDDEN + MOMENT_NUMBERS, TYPE_COUNT)
         self.decoder = nn.GRUCell(width + STEP_CODES, HIDDEN)
+        self.buy_number = nn.Linear(PAIR_NUMBERS, copy)
+        self.buy_state = nn.Linear(HIDDEN + MOMENT_NUMBERS + BUYER_COUNT, copy, bias=False)
+        self.buy_score = nn.Linear(copy, 1)
         with torch.no_grad():
-            starts = (self.project, self.copy_score, self.copy_match, self.gate, self.query, self.crowd, self.next_type)
+            starts = (
+                self.project, self.copy_score, self.copy_match, self.gate, self.query, self.crowd, self.next_type,
+                self.buy_score,
+            )  # fmt: skip
             for layer in starts:
                 layer.weight.zero_()
                 if layer.bias is not None:
@@ -258,6 +266,21 @@ class Network(nn.Module):
     def type_logits(self, state_EH: Tensor, context_EG: Tensor) -> Tensor:
         logit_ET: Tensor = self.next_type(torch.cat([state_EH, context_EG], dim=-1))
         return logit_ET
+
+    def purchase_logits(
+        self,
+        state_EH: Tensor,
+        context_EG: Tensor,
+        buyer_EU: Tensor,
+        owner_P: Tensor,
+        number_PF: Tensor,
+        prior_P: Tensor,
+    ) -> Tensor:
+        """Log odds that a user buys an interest within the next events, for pairs of models/purchases.py."""
+        seen_EG = self.buy_state(torch.cat([state_EH, context_EG, buyer_EU], dim=-1))
+        inner_PW = self.buy_number(number_PF) + seen_EG[owner_P]
+        logit_P: Tensor = self.buy_score(f.silu(inner_PW)).squeeze(-1) + prior_P
+        return logit_P
 
     def next_state(self, step: Step, view: View, number: int) -> Tensor:
         """The decoder's state for step `number` (2, 3, ...), from the step before: free running on the expected

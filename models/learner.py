@@ -33,6 +33,7 @@ from models.inputs import NUMBER_COUNT, Normaliser
 from models.knowledge import Candidates, Knowledge
 from models.optimiser import Optimiser
 from models.profile import EmissionSettings, advance
+from models.purchases import PURCHASE, Purchases, came, pairs_of
 from models.settings import LearningSettings, NetworkSettings
 from models.shift import GroupTable, ShiftSettings
 from models.snapshot import Weights
@@ -44,6 +45,7 @@ _BATCH_EVENTS = 4_096  # larger batches are taken in parts
 _LOSSES_KEPT = 1_024  # from which the drift detector is rebuilt after a restart
 _HORIZON_WEIGHT = 0.3
 _TYPE_WEIGHT = 0.1
+_OTHER_PAIRS = 4  # interests beside the user's own at each moment of a purchase's forecast, half of them followers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +164,7 @@ class Learner:
             tensors["successors.total"].copy(),
             tensors["successors.stay"].copy(),
         )
+        self._purchases = Purchases(tensors["purchases.weight"].copy(), tensors["purchases.pairs"].copy())
         self._normaliser = Normaliser(sums_3M=tensors["normaliser.sums"])
         self._groups = GroupTable(ShiftSettings())
         self._users = Users(learning.users_max)
@@ -378,7 +381,52 @@ class Learner:
             loss = loss + _TYPE_WEIGHT * f.cross_entropy(type_ET, kinds)
             if len(row_L):
                 loss = loss - _HORIZON_WEIGHT * log_p_E[len(next_E) :].sum() / len(row_L)
+            loss = loss + self._purchase_loss(number_B)
         return loss, new_loss
+
+    def _purchase_loss(self, number_B: I64) -> Tensor | float:
+        """Of the moments whose n events end with these: was an interest bought in them? Trains its own head alone."""
+        history, ahead = self._history, self._learning.horizon_steps - 1
+        if not self._purchases.known:
+            return 0.0
+        row_EK, count_E = history.before(number_B, ahead)
+        whole = count_E == ahead
+        window_EN = np.concatenate([row_EK, (number_B % history.capacity)[:, None]], axis=1)[whole]
+        row_E = window_EN[:, max(0, ahead - 1)]  # the first of the n events: the record before it
+        if not len(row_E):
+            return 0.0
+        candidates, moments = self._moments_here(row_E, None)
+        snapshot, network = history.snapshot(row_E), self._network
+        interest_EN, counted_EN = history.interest[window_EN], history.learned[window_EN]
+        bought_EN = history.type[window_EN] == PURCHASE
+        key_EK = np.concatenate([candidates.key_EC, self._other_interests(candidates.key_EC, moments)], axis=1)
+        pairs = pairs_of(
+            self._knowledge, self._purchases, snapshot, candidates, moments, key_EK,
+            seen_EK=came(key_EK, interest_EN, counted_EN), bought_EK=came(key_EK, interest_EN, counted_EN & bought_EN),
+        )  # fmt: skip
+        asked_EK = key_EK != 0
+        bought_P = came(key_EK, interest_EN, bought_EN)[asked_EK] > 0
+        self._purchases.count_pairs(pairs.number_PF[:, -2].numpy() == 0.0, bought_P)
+        moments, pairs = moments.to(self._device), pairs.to(self._device)
+        with torch.no_grad():
+            state_EH = network.at_moment(self._tensor(history.hidden[row_E]), moments)
+        logit_P = network.purchase_logits(
+            state_EH, moments.context_EG, pairs.buyer_EU, pairs.owner_P, pairs.number_PF, pairs.prior_P
+        )
+        return f.binary_cross_entropy_with_logits(logit_P, self._tensor(bought_P.astype(np.float32)))
+
+    def _other_interests(self, key_EC: U32, moments: Moments) -> U32:
+        """(E, _OTHER_PAIRS): followers of the last interests, interests as popular as they come; 0 for a candidate."""
+        history, keys_V = self._history, self._vocabulary.keys
+        count, half = len(key_EC), _OTHER_PAIRS // 2
+        place_EJ = self._random.integers(0, moments.follower_EM.shape[1], (count, half))
+        row_EJ = np.take_along_axis(moments.follower_EM.numpy(), place_EJ, axis=1)
+        follows_EJ = np.take_along_axis(moments.lift_EM.numpy(), place_EJ, axis=1) > 0
+        follower_EJ = np.where(follows_EJ, keys_V[row_EJ], 0) if len(keys_V) else np.zeros((count, half), np.uint32)
+        drawn = self._random.integers(history.first, history.end, (count, half)) % history.capacity
+        key_EJ = np.concatenate([follower_EJ, history.interest[drawn]], axis=1).astype(np.uint32)
+        key_EJ[(key_EJ[:, :, None] == key_EC[:, None, :]).any(axis=2)] = 0
+        return key_EJ
 
     def _ahead(self, number_B: I64) -> _Ahead:
         """The events as second, third ... of forecasts made before earlier events of their users."""
@@ -451,7 +499,11 @@ class Learner:
         return hidden_EH.index_copy(0, index, after), rows_D[len(row_P) :]
 
     def _moments(self, row_E: I64, gap_s_E: F32 | None) -> tuple[Candidates, Moments]:
-        """As forecasts see them; what was learned before is seen with the counts of then, which do not know it."""
+        candidates, moments = self._moments_here(row_E, gap_s_E)
+        return candidates, moments.to(self._device)
+
+    def _moments_here(self, row_E: I64, gap_s_E: F32 | None) -> tuple[Candidates, Moments]:
+        """As forecasts see them, on the CPU; what was learned before with the counts of then, which do not know it."""
         history = self._history
         candidates, moments = self._knowledge.moments(history.snapshot(row_E), gap_s_E)
         old = history.learned[row_E]
@@ -475,7 +527,7 @@ class Learner:
             counted_SF[kept] = history.counted[row_E].reshape(-1, COUNTED_COUNT)[place_S[kept]]
             last_EL[old] = history.last_counted[row_E[old]]
             moments.live_E.numpy()[old] = 0.0
-        return candidates, moments.to(self._device)
+        return candidates, moments
 
     def _log_p(
         self, step: Step, moments: Moments, key_EC: U32, target_E: U32, at_E: I64
@@ -519,13 +571,18 @@ class Learner:
         counted = self._vocabulary.count(interest_B)
         if len(counted.retired):
             self._successors.clear(counted.retired)
+            self._purchases.clear(counted.retired)
             self._optimiser.reset_rows(counted.retired, self._random)
         if len(self._vocabulary) > self._network.capacity:
             self._optimiser.grow(len(self._vocabulary), self._random)
         self._successors.grow(len(self._vocabulary))
+        self._purchases.grow(len(self._vocabulary))
         last_B = history.snapshot(row_B).ring_interest_ER[:, 0]
         self._successors.count(
             self._vocabulary.find(last_B), self._vocabulary.find(interest_B), self._learning.successor_decay
+        )
+        self._purchases.count(
+            self._vocabulary.find(interest_B), history.type[row_B], self._learning.popularity_half_life_events
         )
         history.learned[row_B] = True
         self._copy = None
@@ -542,7 +599,9 @@ class Learner:
         network = self._network
         if self._device.type != "cpu":
             network = self._copy = self._copy or self._copied()
-        return Forecaster(network, self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version)
+        return Forecaster(
+            network, self._knowledge, self._purchases, self._vocabulary.keys, self._vocabulary.names, self.version
+        )
 
     def _copied(self) -> Network:
         """A plain network on the CPU that computes the same."""
@@ -567,6 +626,8 @@ class Learner:
             "successors.weight": self._successors.weight_VM[:rows].copy(),
             "successors.total": self._successors.total_V[:rows].copy(),
             "successors.stay": self._successors.stay_V[:rows].copy(),
+            "purchases.weight": self._purchases.weight_V[:rows].copy(),
+            "purchases.pairs": self._purchases.pairs_22.copy(),
             "normaliser.sums": self._normaliser.sums_3M,
         }
         return Weights(

@@ -50,7 +50,14 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     horizon_share: Annotated[
         float, Meta(description="share of the new events that also train the steps behind the first", ge=0, le=1)
     ] = 0.25
-    horizon_steps: Annotated[int, Meta(description="steps that are trained, the first included", ge=1, le=50)] = 5
+    horizon_steps: Annotated[
+        int,
+        Meta(
+            description="steps that are trained, the first included; purchases are forecast for as many events",
+            ge=1,
+            le=50,
+        ),
+    ] = 5
     auxiliary_losses: Annotated[
         bool,
         Meta(

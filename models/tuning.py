@@ -28,6 +28,7 @@ from models.inputs import Normaliser
 from models.learner import Learner, LearnerState
 from models.optimiser import Optimiser
 from models.profile import USER, Snapshot
+from models.purchases import Purchases
 from models.settings import LearningSettings, NetworkSettings
 from models.snapshot import Weights
 from models.successors import Successors
@@ -84,7 +85,7 @@ class Trainee(Learner):
     """A Learner that may have adapters, may start passes anew, and can be kept whole, histories included."""
 
     _first_row: int | None = None  # with adapters: rows of the vocabulary before this one stay as they are
-    _origin: tuple[bytes, Successors, Normaliser] | None = None
+    _origin: tuple[bytes, Successors, Purchases, Normaliser] | None = None
 
     # ------------------------------------------------------------------ from trained weights
 
@@ -119,6 +120,7 @@ class Trainee(Learner):
         self._optimiser = Optimiser(self._network, self._learning)
         self._vocabulary = Vocabulary(self._learning)
         self._successors = Successors.empty(self._settings.successors)
+        self._purchases = Purchases.empty()
         self._normaliser = Normaliser.initial()
         self._know()
 
@@ -133,15 +135,20 @@ class Trainee(Learner):
         if self._first_row is None:
             return super().forecaster()
         # With the adapters merged in once, not at each use.
-        return Forecaster(self._copied(), self._knowledge, self._vocabulary.keys, self._vocabulary.names, self.version)
+        return Forecaster(
+            self._copied(), self._knowledge, self._purchases, self._vocabulary.keys, self._vocabulary.names,
+            self.version,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ passes
 
     def begin_pass(self) -> None:
         """Back to the start of the stream: users, histories and counts as they were at the first call."""
         if self._origin is None:
-            self._origin = (self._vocabulary.to_bytes(), _copied(self._successors), self._normaliser)
-        vocabulary, successors, self._normaliser = self._origin
+            counts = _copied(self._successors), self._purchases.copied(), self._normaliser
+            self._origin = (self._vocabulary.to_bytes(), *counts)
+        vocabulary, successors, purchases, self._normaliser = self._origin
+        self._purchases = purchases.copied()
         self._vocabulary = Vocabulary.from_bytes(vocabulary, self._learning)
         self._successors = _copied(successors)
         self._forget_all()
@@ -192,6 +199,7 @@ class Trainee(Learner):
         arrays["users.last_event"] = users.last_event[:used]
         lists = {n: getattr(self._successors, n) for n in ("follower_VM", "weight_VM", "total_V", "stay_V")}
         arrays |= {f"successors.{n}": values for n, values in lists.items()}
+        arrays["purchases.weight"], arrays["purchases.pairs"] = self._purchases.weight_V, self._purchases.pairs_22
         arrays["normaliser.sums"] = self._normaliser.sums_3M
         network = {n: t.detach().cpu().contiguous() for n, t in self._network.state_dict().items()}
         facts = _Facts(
@@ -238,6 +246,7 @@ class Trainee(Learner):
         self._vocabulary = Vocabulary.from_json(msgspec.json.encode(facts["vocabulary"]), self._learning)
         lists = (arrays[f"successors.{n}"].copy() for n in ("follower_VM", "weight_VM", "total_V", "stay_V"))
         self._successors = Successors(*lists)
+        self._purchases = Purchases(arrays["purchases.weight"].copy(), arrays["purchases.pairs"].copy())
         self._normaliser = Normaliser(sums_3M=arrays["normaliser.sums"])
         self._random.bit_generator.state = msgspec.json.decode(told.random)
         self._waiting.ranges = deque(told.waiting)

@@ -191,6 +191,7 @@ def pipeline_settings(config: Config, quality_share: float | None = None) -> Pip
         emission=config.forecast.emission,
         steps=config.forecast.steps,
         top_k=config.forecast.top_k,
+        purchase_events=config.learning.horizon_steps,
         quality_share=config.worker.quality_share if quality_share is None else quality_share,
         epoch_records=config.worker.epoch_events,
         topics=tuple(config.topics.events),

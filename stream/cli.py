@@ -461,9 +461,18 @@ def evaluate(
     use_threads(config.learner.threads)
     from stream.evaluation import DEFAULT_MODELS, MODELS, TUNED, Delay, Wanted, read_stream
     from stream.evaluation import evaluate as run_models
+    from stream.evaluation_purchases import purchase_rows
     from stream.evaluation_rows import rows_of
     from stream.saved_weights import load_initial
-    from stream.terminal import evaluation_progress, file_form, open_source, print_evaluation, say, say_counts
+    from stream.terminal import (
+        evaluation_progress,
+        file_form,
+        open_source,
+        print_evaluation,
+        print_purchases,
+        say,
+        say_counts,
+    )  # fmt: skip
     from stream.tuning import Tuning
     from stream.user_share import UserShare
 
@@ -492,14 +501,15 @@ def evaluate(
         say(console, f"{source.facts.name}: {count:,} events left out: {reason}")
     with evaluation_progress(console) as show:
         outcomes = run_models(stream, config, wanted, show)
-    rows = rows_of(stream, outcomes, wanted)
+    rows, purchases = rows_of(stream, outcomes, wanted), purchase_rows(stream, outcomes, wanted)
     print_evaluation(Console(), rows)
+    print_purchases(Console(), purchases)
     if html is not None:
         from stream.evaluation_page import write_evaluation
 
         write_evaluation(html, f"Forecasts: {source.facts.name}", stream, outcomes, rows, wanted)
     if as_json:
-        print(msgspec.json.encode({"rows": rows}).decode())
+        print(msgspec.json.encode({"rows": rows, "purchases": purchases}).decode())
 
 
 @command(app)

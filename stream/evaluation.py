@@ -165,6 +165,30 @@ class Outcome:
     events_per_s: float
     peak_mb: float
     trained_share: float | None = None  # of the network's numbers
+    purchases: Asked | None = None  # of a model that forecasts purchases
+
+
+@dataclass(kw_only=True, slots=True)
+class Asked:
+    """Purchases that were forecast before E events: keys of the interests of the next step, and their probabilities.
+
+    Attributes:
+        events: the n events within which it is to be bought, the next one first.
+        key_EK: 0 = none.
+    """
+
+    events: int
+    key_EK: npt.NDArray[np.uint32]
+    probability_EK: npt.NDArray[np.float32]
+
+    @staticmethod
+    def empty(count: int, top_k: int, events: int) -> Asked:
+        """Nothing asked yet."""
+        return Asked(
+            events=events,
+            key_EK=np.zeros((count, top_k), np.uint32),
+            probability_EK=np.zeros((count, top_k), np.float32),
+        )
 
 
 def read_stream(events: Iterable[Mapping[str, Any]], config: Config) -> Stream:
@@ -369,6 +393,7 @@ def run_driftline(
     frozen_from = first if name == "driftline_frozen" else len(stream)
     index_EN = next_events(stream.user_E, wanted.horizon)
     target_EN = np.where(index_EN >= 0, stream.key_E[index_EN], 0).astype(np.uint32)
+    asked = Asked.empty(len(stream), config.forecast.top_k, config.learning.horizon_steps)
 
     def judge_batch(decoded: Decoded, snapshot: Snapshot, hidden_EH: Any, gap_s_E: Any) -> None:
         where_E = np.array([decoded.records[b].offset for b in snapshot.event_E.tolist()], np.int64)
@@ -380,6 +405,14 @@ def run_driftline(
                     target_EN[at, :steps], index_EN[at, :steps] >= 0,
                 )  # fmt: skip
                 judged.put(at, found)
+        ask = np.flatnonzero(where_E >= first)
+        if len(ask) and pipeline.forecaster.knows_purchases:
+            # As they are published: it is not known when the next event comes.
+            made = pipeline.forecaster.forecast(
+                hidden_EH[ask], snapshot.take(ask), None, steps=1, top_k=config.forecast.top_k
+            )
+            asked.key_EK[where_E[ask]] = made.interest_ENK[:, 0]
+            asked.probability_EK[where_E[ask]] = made.purchase_probability_EK
 
     settings = pipeline_settings(config, quality_share=1.0)
     # Not `learner.forecaster()`: that shares the learner's vocabulary, and these weights stay in use while it grows.
@@ -408,6 +441,7 @@ def run_driftline(
         on_progress(name, done, len(stream))
     outcome = meter.outcome(name, seed, judged, len(stream))
     outcome.trained_share = learner.trained_share() if isinstance(learner, Trainee) else 1.0
+    outcome.purchases = asked if asked.key_EK.any() else None
     return outcome
 
 

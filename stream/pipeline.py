@@ -64,6 +64,7 @@ class PipelineSettings:
     emission: EmissionSettings
     steps: int
     top_k: int
+    purchase_events: int  # within which the learner has learned to foretell a purchase
     quality_share: float
     epoch_records: int
     partitions: int = 1
@@ -305,6 +306,9 @@ class Pipeline:
         every = list(map(out.Candidate, map(self._namer(part), forecast.interest_ENK.ravel().tolist()), shares))
         type_EK = np.argsort(-forecast.type_probability_ET, axis=1)[:, :_TYPES]
         type_share_EK = np.take_along_axis(forecast.type_probability_ET, type_EK, axis=1).astype(np.float64)
+        bought_EK: list[list[float]] = [[]] * len(snapshot)
+        if self.forecaster.knows_purchases:
+            bought_EK = np.round(forecast.purchase_probability_EK.astype(np.float64), 5).tolist()
         rows = zip(
             snapshot.event_E.tolist(),
             used_EN,
@@ -327,6 +331,8 @@ class Pipeline:
                     for n, used in enumerate(used_N, 1)
                 ],
                 next_types={type_name(t): p for t, p in zip(types_K, type_shares_K, strict=True)},
+                purchases=_bought(every[first : first + used_N[0]], bought_EK[e]),
+                purchase_events=settings.purchase_events if bought_EK[e] else 0,
             )
             forecasts.append(record)
         return forecasts
@@ -418,6 +424,12 @@ class Pipeline:
                 return self[key]
 
         return Names({0: "(others)"}).__getitem__
+
+
+def _bought(named: Sequence[out.Candidate], probability_K: Sequence[float]) -> list[out.Candidate]:
+    """The interests of a step by the probability that they are bought; none where that is not known."""
+    pairs = sorted(zip(named, probability_K, strict=False), key=lambda pair: -pair[1])
+    return [out.Candidate(candidate.interest, p) for candidate, p in pairs]
 
 
 def _rates(part: _Part) -> dict[str, Any]:

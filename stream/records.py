@@ -44,6 +44,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         reasons: why it was emitted now: every, top-changed, alert, stale.
         next_types: probability of the next event's type (browse, cart, purchase, review, ...), the likely ones.
+        purchases: of the interests of step 1, the probability that the user buys it within the next `purchase_events`
+            events, the likeliest first; empty while no purchase was ever learned from.
     """
 
     schema: int = SCHEMA_VERSION
@@ -55,6 +57,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     reasons: list[str]
     steps: list[ForecastStep]
     next_types: dict[str, float] = {}
+    purchases: list[Candidate] = []
+    purchase_events: int = 0
 
 
 class Contribution(msgspec.Struct, frozen=True):

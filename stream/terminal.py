@@ -159,6 +159,19 @@ def print_evaluation(console: Console, rows: Sequence[Mapping[str, Any]]) -> Non
     console.print(table)
 
 
+def print_purchases(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """How good the forecasts of purchases are, beside counts alone; nothing where nothing was bought."""
+    if not rows:
+        return
+    table = Table("model", "log loss", "AUC", "ECE", title=f"Bought within the next {rows[0]['events']} events")
+    for row in rows:
+        name = row["model"] if row["model"] == row["pairs_of"] else f"  {row['model']}"
+        shown = ("-" if row[key] is None else f"{row[key]:.5f}" for key in ("log_loss", "auc", "ece"))
+        table.add_row(name if not row["seed"] else f"{name}, seed {row['seed']}", *shown)
+    table.caption = f"{rows[0]['n']:,} forecast interests, {rows[0]['bought']:,} of them bought"
+    console.print(table)
+
+
 def _figures(row: Mapping[str, Any]) -> str:
     """Both figures without their leading zeros, so that a table fits 80 columns."""
     return "-" if row["mrr"] is None else "/".join(f"{row[k]:.3f}".removeprefix("0") for k in ("mrr", "hr@10"))

@@ -46,6 +46,7 @@ def make(
         emission=msgspec.convert({"policy": policy}, EmissionSettings),
         steps=3,
         top_k=4,
+        purchase_events=5,
         quality_share=share,
         epoch_records=1_024,
         first_epoch_records=64,

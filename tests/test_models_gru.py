@@ -12,6 +12,7 @@ from models.gru import MOMENT_NUMBERS, NEVER, Network, log_probability
 from models.inputs import NUMBER_COUNT, Normaliser, event_numbers
 from models.knowledge import Knowledge
 from models.profile import HIDDEN
+from models.purchases import Purchases, pairs_of
 from models.settings import NetworkSettings
 from models.successors import Successors
 from models.vocabulary import RowIndex
@@ -67,7 +68,7 @@ def test_gradients_reach_every_parameter() -> None:
         torch.from_numpy(inputs.number_BN),
     )
     hidden_EH = net.encode_last(x, torch.tensor([3, 2]), torch.randn(3, HIDDEN))[[0, 1, 2, 0, 1]]
-    _found, moments = known.moments(advanced.after, None)
+    candidates, moments = known.moments(advanced.after, None)
     view = net.view(moments)
     step = net.step(net.at_moment(hidden_EH, moments), view)
     later = net.step(net.next_state(step, view, 2), view)
@@ -78,6 +79,11 @@ def test_gradients_reach_every_parameter() -> None:
     general_E = torch.log_softmax(logit_EV, dim=1)[:, 3]
     loss = -log_probability(later, general_E, torch.tensor([0, 0, 0, 1, -1])).sum()
     loss = loss + net.type_logits(hidden_EH, moments.context_EG).square().sum()
+    purchases = Purchases(np.zeros(30, np.float32), np.zeros((2, 2)))
+    found = pairs_of(known, purchases, advanced.after, candidates, moments, candidates.key_EC)
+    owner_P, number_PF, prior_P = found.owner_P, found.number_PF, found.prior_P
+    bought_P = net.purchase_logits(hidden_EH, moments.context_EG, found.buyer_EU, owner_P, number_PF, prior_P)
+    loss = loss + bought_P.square().sum()
     loss.backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 

@@ -22,6 +22,7 @@ from stream.config import Config
 from stream.errors import ConfigError
 from stream.evaluation import MODELS, Delay, Outcome, Stream, Wanted, evaluate, read_stream
 from stream.evaluation_page import write_evaluation
+from stream.evaluation_purchases import purchase_rows
 from stream.evaluation_rows import rows_of
 
 CONFIG = Config()
@@ -250,6 +251,39 @@ def test_weights_that_come_late_are_used_late() -> None:
     for wrong in ("soon", "-1", "5m"):
         with pytest.raises(ConfigError, match="--weights-delay"):
             Delay.parse(wrong)
+
+
+def test_purchases_are_judged_beside_counts_on_the_same_pairs() -> None:
+    """Pairs, what became of them and the constant's figures equal plain loops; without purchases none."""
+    told = events(shop(700))
+    for n, event in enumerate(told):
+        event["type"] = "buy" if n % 5 == 0 else "view"
+    stream, wanted = read_stream(told, CONFIG), Wanted(models=("driftline", "recency"), horizon=1)
+    outcomes = evaluate(stream, CONFIG, wanted, quiet)
+    asked = outcomes[0].purchases
+    assert asked is not None and asked.events == CONFIG.learning.horizon_steps and outcomes[1].purchases is None
+    rows = purchase_rows(stream, outcomes, wanted)
+    assert [r["model"] for r in rows] == ["driftline", "constant", "shares"] and {r["pairs_of"] for r in rows} == {
+        "driftline"
+    }
+    pairs, hits, losses = 0, 0, list[float]()
+    known: list[tuple[int, bool]] = []  # event at which a pair's answer is known, and the answer
+    for e in range(350, 700):
+        later = [k for k in range(e, 700) if told[k]["user"] == told[e]["user"]][: asked.events]
+        if len(later) < asked.events:
+            continue
+        for key in asked.key_EK[e][asked.key_EK[e] != 0].tolist():
+            bought = any(told[k]["type"] == "buy" and interest_key(told[k]["interest"]) == key for k in later)
+            past = [answer for at, answer in known if at < e]
+            share = (sum(past) + 1) / (len(past) + 100)
+            losses.append(-np.log(share if bought else 1 - share))
+            known.append((later[-1], bought))
+            pairs, hits = pairs + 1, hits + bought
+    for found in rows:
+        assert (found["n"], found["bought"]) == (pairs, hits) and 0 < found["log_loss"] < 2 and 0 <= found["auc"] <= 1
+    assert rows[1]["log_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+    stream = read_stream(events(shop(300), kind="view"), CONFIG)
+    assert purchase_rows(stream, evaluate(stream, CONFIG, wanted, quiet), wanted) == []
 
 
 def test_seeds_give_a_row_each_and_a_mean(tmp_path: Path) -> None:

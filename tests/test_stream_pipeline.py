@@ -13,6 +13,8 @@ import pytest
 from pipelines import START_MS, TP, make, run, stream
 
 from models.features import interest_key
+from models.learner import Learner
+from models.settings import LearningSettings, NetworkSettings
 from stream.engine import PartitionState, merge
 from stream.partition import crc32_partition_of, partition_of
 from stream.records import BatchMetrics, Forecast, ShiftAlert
@@ -29,7 +31,12 @@ def by_stream(outputs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 def without_probabilities(record: dict[str, Any]) -> dict[str, Any]:
     """A forecast by its best interest only: float32 sums may differ in the last digits between batch sizes."""
     if "steps" in record:
-        record = {**record, "steps": [s["interests"][0]["interest"] for s in record["steps"]], "next_types": None}
+        record = {
+            **record,
+            "steps": [s["interests"][0]["interest"] for s in record["steps"]],
+            "next_types": None,
+            "purchases": None,
+        }
     return record
 
 
@@ -228,3 +235,22 @@ def test_mixed_partitioners_are_counted_by_new_user() -> None:
     assert found["murmur2"][0] == 0 < found["murmur2"][1]
     assert found["crc32"][1] == 0 < found["crc32"][0]
     assert min(found["mixed"]) > 20
+
+
+def test_a_forecast_says_what_is_bought() -> None:
+    """Once the weights have met a purchase: the interests of step 1 by the chance that they are bought."""
+    pipeline = make(policy="every")
+    records = stream(600)
+    assert not any(r.get("purchases") for s, r in run(pipeline, records[:100], 100)[1] if s == "forecasts")
+    learner = Learner(NetworkSettings(), LearningSettings(warmup_steps=1), seed=7, device="cpu")
+    decoded = pipeline._decoder.decode(records)
+    learner.observe(decoded.user_key_B, decoded.columns, decoded.interest_names)
+    learner.learn(100)
+    pipeline.forecaster = learner.forecaster()
+    told = [r for s, r in run(pipeline, records[:100], 100)[1] if s == "forecasts"]
+    assert told
+    for forecast in (msgspec.convert(r, Forecast) for r in told):
+        shares = [c.probability for c in forecast.purchases]
+        assert {c.interest for c in forecast.purchases} == {c.interest for c in forecast.steps[0].interests}
+        assert shares == sorted(shares, reverse=True) and all(0 < share < 1 for share in shares)
+        assert forecast.purchase_events == 5
