@@ -38,6 +38,7 @@ import numpy as np
 from fault_site import PARTITIONS, Ended, Site
 from kafka_broker import Broker, free_ports, start
 from kafka_proxy import ADD_OFFSETS, END_TXN, PRODUCE, TXN_OFFSET_COMMIT, Proxy
+from pipeline_site import PipelineSite, Process, bite, leave, wake
 
 from stream.errors import DriftlineError
 from stream.transport import TopicPartition
@@ -504,6 +505,52 @@ def terms(bench: Bench, count: int = 10) -> Row:
     return row
 
 
+def moves(bench: Bench, count: int = 12) -> Row:
+    """F1, F3, F5, I9: the whole application; users move between two workers, beside one that nobody disturbs."""
+    row = Row(part="users move between workers of the whole application, beside an undisturbed one, kafka", faults=0)
+    with closing(PipelineSite(bench.broker.bootstrap, bench.folder, seed=21)) as site:
+        rng = random.Random(21)
+        living = site.start("0")
+        site.wait_running(living)
+        for n in range(count):
+            with site.version_of_its_own():
+                kind = ("killed", "zombie", "left", "killed restoring")[n % 4]
+                point = rng.choice(["step 2", "send", "step 5", "step 6", "committing", "step 7", "rewrite", "delete"])
+                living = move(site, kind, point if kind == "killed" else "step 6", living, str(1 + n), rng)
+            row.faults += 1
+            row.bit[f"{kind} at {point}" if kind == "killed" else kind] += 1
+        verdict = site.ended()
+        row.bit.update(site.saw("commit_settled", "partition_dropped", "partition_running", "rebalanced"))
+        row.bit.update({f"told: {name}": number for name, number in site.outputs.items()})
+        row.bit["versions of weights"] = site.version
+        row.bit["records cleaned away"] = site.cleaned()
+        row.add(Ended(verdict=verdict, problems=verdict.problems, inputs=verdict.inputs))
+        assert site.moves() >= count, "users did not move"
+    return row
+
+
+def move(site: PipelineSite, kind: str, point: str, living: Process, slot: str, rng: random.Random) -> Process:
+    """A second worker comes under load, and users move to and fro; the one that is left."""
+    if kind == "killed restoring":
+        had = living.said("event=partition_running")
+        other = site.start(slot, point="restore", countdown=3, at_start=True)
+        site.wait(lambda: other.popen.poll() is not None, load=True)
+        site.wait_running(living, more_than=had)
+        return living
+    how = "stop" if kind == "zombie" else "kill"
+    other = site.start(slot, point=point, countdown=rng.randrange(2, 6), how=how)
+    site.wait_running(other)
+    if kind == "left":
+        leave(site, living, other)
+        return other
+    bite(site, other, living)
+    if kind == "zombie":
+        wake(site, other)
+        leave(site, living, other)
+        return other
+    return living
+
+
 NAMED = {
     "F9": "tests/test_stream_restore.py",
     "F10": "tests/test_stream_start.py -k deleted",
@@ -761,7 +808,7 @@ PARTS: dict[str, Callable[[Bench], Row]] = {
     for part in (
         kills, kills_embedded, takeovers, takeovers_embedded, zombies, zombies_embedded, same_slot, storm,
         storm_embedded, broker_kills, broker_pauses, network, expired, poison, disk_full, disk_full_embedded, terms,
-        clocks, clocks_embedded, named,
+        clocks, clocks_embedded, moves, named,
     )
 }  # fmt: skip
 
