@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from stream.events import EventDecoder
 from stream.eviction import Bounds
 from stream.saved_weights import Initial, check_kind, load_initial
 from stream.start import EARLIEST, Start
-from stream.transport import TopicPartition, TopicSpec, Transport
+from stream.transport import Admin, LogReader, TopicPartition, TopicSpec, Transport
 from stream.weights import WeightsFeed
 from stream.worker import Observer, Worker, WorkerParts
 
@@ -103,22 +103,33 @@ def topic_problems(transport: Transport, config: Config) -> list[str]:
     return problems
 
 
-def check_rights(transport: Transport, topic: str) -> None:
-    """Whether we may delete records of one of our own topics: asks to delete what is deleted already.
+def check_rights(transport: Transport, topic: str, reads: Sequence[str]) -> None:
+    """Whether we may delete records of one of our own topics, and read these: some of them may be empty for long.
+
+    Asks to delete what is deleted already.
 
     Raises:
-        ConfigError: we may not; without it the topic would grow without bound.
+        ConfigError: we may not; without the former the topic would grow without bound.
     """
-    place = TopicPartition(topic, 0)
     admin, reader = transport.admin(), transport.reader()
     try:
-        first, _ = reader.bounds(place)
-        admin.delete_records(place, first)
-    except ConfigError as error:
-        raise ConfigError(f"topic {topic} cannot be kept short: {error}; grant Delete on it (DeleteRecords)") from error
+        hidden = [name for name, spec in admin.describe(reads).items() if spec is not None and not spec.readable]
+        if hidden:
+            raise ConfigError(f"no right to read topic {hidden[0]!r}; grant Read on it (docs/security.md)")
+        _check_deletes(admin, reader, TopicPartition(topic, 0))
     finally:
         reader.close()
         admin.close()
+
+
+def _check_deletes(admin: Admin, reader: LogReader, place: TopicPartition) -> None:
+    first, _ = reader.bounds(place)
+    try:
+        admin.delete_records(place, first)
+    except ConfigError as error:
+        raise ConfigError(
+            f"topic {place.topic} cannot be kept short: {error}; grant Delete on it (DeleteRecords)"
+        ) from error
 
 
 def prepare_rekey(transport: Transport, config: Config, source: str, target: str) -> None:

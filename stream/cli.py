@@ -142,7 +142,8 @@ def worker(
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
         _prepare_topics(transport, config)
-        check_rights(transport, names_of(config).state)
+        names = names_of(config)
+        check_rights(transport, names.state, [*names.inputs, names.weights, names.state])
         warm_up(config)
         stop = stop_on_signals(config.worker.shutdown_s, parent)
         made = make_worker(config, transport, WorkerMetrics(registry, health), start=_start(start))
@@ -178,7 +179,8 @@ def learner(
     registry, health = new_registry(), Health()
     with _opened(config) as transport:
         _prepare_topics(transport, config)
-        check_rights(transport, names_of(config).weights)
+        names = names_of(config)
+        check_rights(transport, names.weights, [*names.inputs, names.weights])
         stop = stop_on_signals(config.worker.shutdown_s, parent)
         made = make_learner(config, transport, LearnerMetrics(registry, health), stop, start=_start(start))
         server = None

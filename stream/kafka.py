@@ -11,7 +11,7 @@ from typing import Any
 from kafka import KafkaAdminClient, errors
 from kafka import KafkaConsumer as ConsumerClient
 from kafka import KafkaProducer as ProducerClient
-from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.admin import ACLOperation, ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition as ClientPartition
 
 from stream.errors import ConfigError
@@ -150,8 +150,12 @@ def describe(client: KafkaAdminClient, names: Sequence[str]) -> dict[str, TopicS
             configs: dict[str, Any] = client.describe_configs(asked, config_filter="all")["topic"]
             for topic in topics:
                 settings = {name: str(entry["value"]) for name, entry in configs[topic["name"]].items()}
+                rights = topic["authorized_operations"]  # Describe at least; empty: the broker does not say
                 found[topic["name"]] = TopicSpec(
-                    name=topic["name"], partitions=len(topic["partitions"]), settings=settings
+                    name=topic["name"],
+                    partitions=len(topic["partitions"]),
+                    settings=settings,
+                    readable=not rights or ACLOperation.READ.name in rights,
                 )
     return found
 

@@ -170,11 +170,15 @@ class LogReader(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopicSpec:
-    """A topic to create or as found. `settings` are the topic's settings by Kafka's names, as strings."""
+    """A topic to create or as found. `settings` are the topic's settings by Kafka's names, as strings.
+
+    `readable`: as found, whether we may read it; True where the log does not say.
+    """
 
     name: str
     partitions: int
     settings: Mapping[str, str] = field(default_factory=dict)
+    readable: bool = True
 
 
 class Admin(Protocol):

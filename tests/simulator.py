@@ -2,6 +2,9 @@
 
     python tests/simulator.py --seed 42            replays one seed and prints what happened (`make sim SEED=42`)
     python tests/simulator.py --seeds 5000         as many seeds as that; prints what bit, and seeds a minute
+    python tests/simulator.py --processes 1        in this process alone; otherwise in one a core
+
+Seeds know nothing of one another: the result is the same whatever the number of processes.
 
 A seed decides everything: how many partitions, workers and inputs there are, which faults come and how often, and whose
 turn it is. Everything runs in one thread. Whenever a worker calls the log, or comes to a numbered step of its commit,
@@ -22,11 +25,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import os
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +50,8 @@ TRANSACTION_S = (8.0, 30.0)  # shorter and longer than a session: what a dead wo
 ROUNDS = 60
 CALM_ROUNDS_MAX = 3_000
 DEPTH_MAX = 3
+TELL_SEEDS = 500
+SEEDS_AT_ONCE = 10
 NAMES = topic_names()
 GUILTY = "boom"  # a user whose events break the engine: each becomes a dead letter by itself
 STEP_NAMES = {
@@ -456,14 +463,26 @@ def simulate(seed: int, keep_trace: bool = False) -> Result:
     return World(seed, keep_trace).run()
 
 
+def results(seeds: range, processes: int) -> Iterator[Result]:
+    """What came of each seed, in their order."""
+    if processes == 1:
+        yield from map(simulate, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, logging.disable) as pool:
+        yield from pool.imap(simulate, seeds, chunksize=SEEDS_AT_ONCE)
+
+
 def main() -> int:
     """The command line; see the top of the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, help="replay this one, with its trace")
     parser.add_argument("--seeds", type=int, default=1_000, help="how many to play")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="in so many; default: one a core")
     given = parser.parse_args()
     logging.disable()
+    if given.processes < 1:
+        parser.error("--processes: at least one")
     if given.seed is not None:
         world = World(given.seed, keep_trace=True)
         try:
@@ -475,19 +494,20 @@ def main() -> int:
     start_s = time.monotonic()
     bit: Counter[str] = Counter()
     failed = inputs = 0
-    for seed in range(given.first, given.first + given.seeds):
-        result = simulate(seed)
+    for done, result in enumerate(results(range(given.first, given.first + given.seeds), given.processes), 1):
         bit.update(result.bit)
         inputs += result.inputs
         if result.problems:
             failed += 1
-            print(f"seed {seed}: {result.problems[0]}   (make sim SEED={seed})")
+            print(f"seed {result.seed}: {result.problems[0]}   (make sim SEED={result.seed})", flush=True)
+        if done % TELL_SEEDS == 0 and done < given.seeds:
+            print(f"{done} of {given.seeds} seeds, {failed} with a problem", file=sys.stderr, flush=True)
     seconds = time.monotonic() - start_s
     for name, count in sorted(bit.items()):
         print(f"{count:8d}  {name}")
     print(
         f"{given.seeds} seeds, {inputs} inputs, {failed} with a problem; {seconds:.1f} s, "
-        f"{60 * given.seeds / seconds:.0f} seeds a minute"
+        f"{60 * given.seeds / seconds:.0f} seeds a minute in {given.processes} processes"
     )
     return bool(failed)
 

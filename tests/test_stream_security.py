@@ -39,7 +39,7 @@ from stream.errors import ConfigError
 from stream.kafka import KafkaLog
 from stream.learning import LearnerLoop, LearnerPace
 from stream.loading import load
-from stream.orders import Erasures, forget
+from stream.orders import Erasures
 from stream.testing import digest_event
 from stream.transport import TopicSpec
 
@@ -206,7 +206,7 @@ def work(secured: Secured, folder: Path, app: str, count: int = 40) -> None:
     feed.close()
     log = KafkaLog(secured.settings(folder), transaction_timeout_s=10)
     try:
-        check_rights(log, secured.names.state)
+        check_rights(log, secured.names.state, [*secured.names.inputs, secured.names.weights, secured.names.state])
         worker = make_worker(log, secured.names, partitions=PARTITIONS, app=app, settings={"retries_max": 3})
         try:
             until_s = time.monotonic() + 60
@@ -235,7 +235,8 @@ def test_the_documented_rights_suffice(secured: Secured, rights: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("resource", "place", "operation", "said"),
     [
-        ("topic", "s-events", "Read", "s-events"),
+        ("topic", "s-events", "Read", "no right to read topic 's-events'"),
+        ("topic", "s-weights", "Read", "no right to read topic 's-weights'"),
         ("topic", "s-state", "Delete", "s-state cannot be kept short"),
         ("topic", "s-forecasts", "Write", "s-forecasts|TopicAuthorization"),
         ("group", "app", "Read", "Group"),
@@ -264,7 +265,6 @@ def topics(secured: Secured) -> TopicNames:
     admin.create([*topic_specs(config), *(TopicSpec(name=n, partitions=PARTITIONS) for n in (SRC, DST))])
     admin.close()
     log.append(SRC, 0, [(b"k", b'{"user": "u1", "interest": "a", "time": 1764037335000}', 1_764_037_335_000)])
-    forget(log, config, "somebody", 1_764_037_335_000)
     log.close()
     labels = config.topics.prefix + "labels"
     names = names_of(config)
@@ -278,7 +278,7 @@ def learn(secured: Secured, folder: Path) -> None:
     names = names_of(config)
     try:
         check_topics(log, config)
-        check_rights(log, names.weights)
+        check_rights(log, names.weights, [*names.inputs, names.weights])
         loop = LearnerLoop(
             transport=log, topics=names, app="c", decoder=make_decoder(config), fresh=Tally, observer=Silent(),
             restore=lambda payload, version: Tally(version), clock=time.monotonic, sleep=time.sleep,
@@ -312,7 +312,7 @@ def test_the_learners_rights_suffice(secured: Secured, topics: TopicNames, right
 @pytest.mark.parametrize(
     ("resource", "place", "operation", "said"),
     [
-        ("topic", "c-control", "Read", "c-control"),
+        ("topic", "c-control", "Read", "no right to read topic 'c-control'"),  # it is empty
         ("topic", "c-weights", "Write", "c-weights|TopicAuthorization"),
         ("topic", "c-weights", "Delete", "c-weights cannot be kept short"),
         ("group", "c.learner", "Read", "Group"),
@@ -332,13 +332,16 @@ def test_a_right_that_the_learner_lacks_is_said(
 
 MAP = "user=user,interest=interest,time=time"
 EVENT = '{"user": "u1", "interest": "a", "time": 1764037335000}\n'
+SIMULATE = ["simulate", "--users", "5", "--events", "20"]
 COMMANDS = [
     ("topics create", ["topics", "create"], ("c-alerts", "Describe"), "c-alerts"),
     ("topics list", ["topics", "list"], ("c-alerts", "Describe"), "no right to describe topic"),
+    ("doctor", ["doctor"], ("c-events", "Read"), "1 of these would stop a run"),
     ("tail", ["tail", "alerts", "--no-follow"], ("c-alerts", "Read"), "c-alerts"),
     ("user and explain", ["user", "u1"], ("c-state", "Read"), "c-state"),
     ("user and explain", ["explain", "c-events/0/0"], ("c-alerts", "Read"), "c-alerts"),
     ("replay and simulate", ["replay", "EVENTS", "--map", MAP], ("c-events", "Write"), "AuthorizationFailed"),
+    ("replay and simulate", SIMULATE, ("c-events", "Write"), "AuthorizationFailed"),
     ("forget", ["forget", "u1"], ("c-control", "Write"), "no right to describe topic 'c-control'"),
     ("rekey", ["rekey", "SRC", "DST", "--until-end"], ("c.rekey.c-rekeyed", "Read"), "Group"),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from simulator import NAMES, simulate
+from simulator import NAMES, results, simulate
 
 from stream import restore as restoring
 from stream import worker as working
@@ -46,6 +46,12 @@ def test_a_seed_is_the_same_every_time() -> None:
     """A replay tells the very same story."""
     first, second = simulate(11, keep_trace=True), simulate(11, keep_trace=True)
     assert first.trace == second.trace and len(first.trace) > 20
+
+
+def test_processes_change_nothing() -> None:
+    """Seeds played in two processes: the same results, in the same order."""
+    alone, shared = (list(results(range(15), processes)) for processes in (1, 2))
+    assert alone == shared and [result.seed for result in shared] == list(range(15))
 
 
 # ── mistakes put in on purpose ────────────────────────────────────────────────────────────────────────────────────────
