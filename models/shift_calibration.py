@@ -6,7 +6,9 @@ the half that is tuned on. Three steps, all by replay through the very kernel th
     fit     a logistic log-likelihood ratio of one unit of evidence: the user's own next session against a session of
             somebody else, both seen from the user's profile at that moment
     choose  among the fixed rules and the learned ones: the smallest mean delay (up to DELAY_MAX events) on splices made
-            of two users' histories, thresholds matched to the same rate of alarms; users that were not fitted on
+            of two users' histories, thresholds matched to the same rate of alarms; users that were not fitted on,
+            each half of them in turn. Synthetic users with a planted change have a part in it, for users who are
+            unlike those that were fitted on
     match   thresholds by age so that the real order of real users raises one alarm in `false_alarm_events`
 
 Real users are bursty: bounds that assume independent events ask for far too little evidence, so nothing here is
@@ -56,7 +58,11 @@ _AGE_TAIL_MIN = 0.2  # a flatter one makes ages with few alarms jump
 _GROWTH_MIN, _GROWTH_MAX = 0.3, 0.9  # powers of the events between alarms with which thresholds grow
 _FAR = 3.0  # times the events between alarms that were matched
 _USUAL = 6
-_FEATURE_SETS = ((0, 1, 2, 3, 4, 5, 7), (0, 1, 2, 3, 4, 5, _USUAL, 7))
+_FEATURES = (0, 1, 2, 3, 4, 5, 7)
+_USUAL_SHARES = (0.15, 0.3)  # of the mean, at least
+_PLANTED_WEIGHT = 0.3  # of the mean delay on synthetic users, beside that on made shifts of real ones
+_PLANTED_USERS = 60
+_PLANTED_INTERESTS = 12
 _DRIFTS = (0.0, 0.15, 0.3)  # taken from a learned ratio, nats
 
 
@@ -218,12 +224,13 @@ def delays(splices: Splices, alarm_B: npt.NDArray[np.bool_], refractory: int) ->
 # ---------------------------------------------------------------------- fit
 
 
-def fit(own: F64, foreign: F64, chosen: Sequence[int]) -> tuple[float, ...]:
+def fit(own: F64, foreign: F64, chosen: Sequence[int], usual_share: float = 0.0) -> tuple[float, ...]:
     """Coefficients of the log-likelihood ratio of one unit, somebody else's against the user's own.
 
     Args:
         own, foreign: features of units, from `units`.
         chosen: which features to use.
+        usual_share: what the user's units usually come to is taken from the mean at least to this share.
     """
     x = np.concatenate([own, foreign])[:, list(chosen)]
     y = np.concatenate([np.zeros(len(own)), np.ones(len(foreign))])
@@ -232,6 +239,8 @@ def fit(own: F64, foreign: F64, chosen: Sequence[int]) -> tuple[float, ...]:
     fitted = _logistic(x, y, weight)
     coefficients[list(chosen)] = fitted[:-1]
     coefficients[-1] = fitted[-1]
+    if usual_share:
+        coefficients[_USUAL] = min(coefficients[_USUAL], -usual_share * max(0.0, coefficients[0]))
     return tuple(coefficients.tolist())
 
 
@@ -429,7 +438,7 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
     if histories.users < FIT_USERS:
         raise ValueError(f"{histories.users} users with a history; {FIT_USERS} are needed")
     half = rng.permutation(histories.users) % 2 == 0
-    trial = _Trial(histories.some(half), histories.some(~half), settings, rng, per_user)
+    trial = _Trial((histories.some(half), histories.some(~half)), settings, rng, per_user)
     found = []
     for kind in ("fixed", "learned"):
         if settings.statistic in ("auto", kind):
@@ -438,24 +447,8 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
             found.append(min(best, trial.best(finer), key=lambda judged: judged[0]))
     best = min(found, key=lambda judged: judged[0])
     best = min(best, trial.best(_finer_memories(best[1])), key=lambda judged: judged[0])
-    choice = best[1] if math.isfinite(best[0]) else replace(best[1], features=())
-    folds, rule = _folds(histories, half, choice, settings)
+    folds, rule = trial.folds(best[1] if math.isfinite(best[0]) else replace(best[1], features=()))
     return match_ages(folds, match(folds, rule, settings, settings.false_alarm_events), settings)
-
-
-def _folds(
-    histories: Histories, half: npt.NDArray[np.bool_], choice: Choice, settings: ShiftSettings
-) -> tuple[list[Fold], Rule]:
-    """The rule of everybody, and for each half of the users the rule of the other half."""
-    if not choice.features:
-        rule = _plain(choice, settings)
-        return [(histories, rule)], rule
-    plain = _plain(choice, settings)
-    parts = [histories.some(half), histories.some(~half)]
-    one, other = (units(part, plain, settings, np.random.default_rng(0)) for part in parts)
-    both = (np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]]))
-    rule = _rule(choice, settings, both)
-    return [(parts[0], _rule(choice, settings, other)), (parts[1], _rule(choice, settings, one))], rule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -465,6 +458,7 @@ class Choice:
     Attributes:
         plain_drift: taken from each interest's ratio, nats.
         drift: taken from a learned ratio of a unit, nats.
+        usual_share: see `fit`.
     """
 
     by_session: bool
@@ -472,6 +466,7 @@ class Choice:
     kappa: float
     usual_guarded: bool = True
     features: tuple[int, ...] = ()
+    usual_share: float = 0.0
     plain_drift: float
     drift: float = 0.0
     unit_events: int = UNIT_ENDLESS
@@ -507,7 +502,7 @@ def _first_choices(histories: Histories, settings: ShiftSettings, *, learned: bo
                 hold_share=settings.hold_share,
             )
             if learned:
-                yield replace(plain, features=_FEATURE_SETS[0])
+                yield replace(plain, features=_FEATURES)
                 continue
             for short_share in (0.0, 0.3):
                 for kappa in (settings.kappa, 2.5 * settings.kappa):
@@ -515,9 +510,10 @@ def _first_choices(histories: Histories, settings: ShiftSettings, *, learned: bo
 
 
 def _finer_features(best: Choice) -> Iterator[Choice]:
-    for features in _FEATURE_SETS:
-        for drift in _DRIFTS:
-            yield replace(best, features=features, drift=drift)
+    for drift in _DRIFTS:
+        yield replace(best, drift=drift)
+        for usual_share in _USUAL_SHARES:
+            yield replace(best, features=(*_FEATURES, _USUAL), usual_share=usual_share, drift=drift)
 
 
 def _finer_drifts(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
@@ -552,50 +548,74 @@ def _rule(choice: Choice, settings: ShiftSettings, own_and_foreign: tuple[F64, F
     rule = _plain(choice, settings)
     if not choice.features or not all(map(len, own_and_foreign)):  # nothing to learn from, e.g. users of one visit each
         return rule
-    coefficients = fit(*own_and_foreign, choice.features)
+    coefficients = fit(*own_and_foreign, choice.features, choice.usual_share)
     return msgspec.structs.replace(
         rule, name="learned-" + rule.name, coefficients=(*coefficients[:-1], coefficients[-1] - choice.drift)
     )
 
 
 class _Trial:
-    """Rules fitted on some users and judged on others, all at the same rate of alarms."""
+    """Rules fitted on one half of the users and judged on the other, both ways, all at the same rate of alarms."""
 
     def __init__(
-        self,
-        fitted_on: Histories,
-        judged_on: Histories,
-        settings: ShiftSettings,
-        rng: np.random.Generator,
-        per_user: int,
+        self, halves: tuple[Histories, Histories], settings: ShiftSettings, rng: np.random.Generator, per_user: int
     ) -> None:
-        self._fitted_on, self._judged_on, self._settings = fitted_on, judged_on, settings
+        self._halves, self._settings = halves, settings
         after = settings.age_min_events + 5
-        window = DELAY_MAX * (_LONG_WINDOW if is_long(judged_on) else 1)
-        per_user = max(per_user, _SPLICES_MIN // max(1, judged_on.users))
-        self._splices = splice(judged_on, settings, rng, per_user=per_user, window=window, after=after)
+        users = sum(half.users for half in halves)
+        window = DELAY_MAX * (_LONG_WINDOW if any(map(is_long, halves)) else 1)
+        per_user = max(per_user, _SPLICES_MIN // max(1, users))
+        self._splices = [splice(half, settings, rng, per_user=per_user, window=window, after=after) for half in halves]
+        self._window = window
+        joined = _joined(halves)
+        self._planted: Splices | None = None
+        if not any(map(is_long, halves)) and len(np.unique(joined.interest)) >= _PLANTED_INTERESTS:
+            from models.shift_planted import planted  # here, because it builds on this module
+
+            self._planted = planted(joined, 0, _PLANTED_USERS).made
         never = fixed_rule(by_session=True, threshold=_NEVER, drift=settings.drift)
-        monitored, _ = alarm_rate(judged_on, never, settings)
+        monitored = sum(alarm_rate(half, never, settings)[0] for half in halves)
         self._false_alarm_events = min(settings.false_alarm_events, max(50.0, monitored / (2 * _MATCH_ALARMS)))
-        self._units: dict[Choice, tuple[F64, F64]] = {}
+        self._units: dict[Choice, list[tuple[F64, F64]]] = {}
 
     def best(self, choices: Iterable[Choice]) -> tuple[float, Choice]:
         """The choice with the smallest mean delay, and that delay; one that cannot be learned here is inf."""
         return min((self.judge(choice) for choice in choices), key=lambda judged: judged[0])
 
     def judge(self, choice: Choice) -> tuple[float, Choice]:
-        """Mean delay on made shifts."""
-        key = replace(choice, features=(), drift=0.0, hold_share=0.0)
-        if choice.features and key not in self._units:
-            plain = _plain(choice, self._settings)
-            self._units[key] = units(self._fitted_on, plain, self._settings, np.random.default_rng(0))
-        if choice.features and min(map(len, self._units[key])) < _FIT_UNITS:
+        """Mean delay on made shifts, a missed one counted as the window, and a little of that on synthetic users."""
+        if choice.features and min(len(part) for half in self.units(choice) for part in half) < _FIT_UNITS:
             return math.inf, choice  # nothing to learn from, e.g. a file without pauses has no sessions
-        empty = np.zeros((0, FEATURE_COUNT))
-        rule = _rule(choice, self._settings, self._units.get(key, (empty, empty)))
-        folds = [(self._judged_on, rule)]
-        rule = _with(rule, _bisect(folds, self._settings, self._false_alarm_events, precision=0.02))
-        return mean_delay(self._splices, rule, self._settings), choice
+        folds, everybodys = self.folds(choice)
+        threshold = _bisect(folds, self._settings, self._false_alarm_events, precision=0.02)
+        delay: list[F64] = []
+        for made, (_, rule) in zip(self._splices, folds, strict=True):
+            said = run(made.runs, _with(rule, threshold), self._settings).alert_B
+            all_of_them, counts = delays(made, said, self._settings.refractory_events)
+            delay.append(all_of_them[counts])
+        found = np.minimum(np.concatenate(delay), self._window)
+        mean = float(found.mean()) if len(found) else float(self._window)
+        if self._planted is not None:
+            mean += _PLANTED_WEIGHT * mean_delay(self._planted, _with(everybodys, threshold), self._settings)
+        return mean, choice
+
+    def units(self, choice: Choice) -> list[tuple[F64, F64]]:
+        """Features of own and of foreign units, of each half."""
+        key = replace(choice, features=(), drift=0.0, hold_share=0.0, usual_share=0.0)
+        if key not in self._units:
+            plain = _plain(choice, self._settings)
+            self._units[key] = [units(half, plain, self._settings, np.random.default_rng(0)) for half in self._halves]
+        return self._units[key]
+
+    def folds(self, choice: Choice) -> tuple[list[Fold], Rule]:
+        """For each half of the users the rule of the other half, and the rule of everybody."""
+        if not choice.features:
+            rule = _plain(choice, self._settings)
+            return [(half, rule) for half in self._halves], rule
+        one, other = self.units(choice)
+        both = (np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]]))
+        rules = [_rule(choice, self._settings, part) for part in (other, one)]
+        return list(zip(self._halves, rules, strict=True)), _rule(choice, self._settings, both)
 
 
 def mean_delay(splices: Splices, rule: Rule, settings: ShiftSettings) -> float:
@@ -603,6 +623,16 @@ def mean_delay(splices: Splices, rule: Rule, settings: ShiftSettings) -> float:
     delay, counts = delays(splices, run(splices.runs, rule, settings).alert_B, settings.refractory_events)
     window = float(splices.window)
     return float(np.minimum(delay[counts], window).mean()) if counts.any() else window
+
+
+def _joined(halves: Sequence[Histories]) -> Histories:
+    """Two sets of users as one."""
+    return Histories(
+        user=np.concatenate([halves[0].user, halves[1].user + halves[0].users]),
+        interest=np.concatenate([half.interest for half in halves]),
+        time_ms=np.concatenate([half.time_ms for half in halves]),
+        share=np.concatenate([half.share for half in halves]),
+    )
 
 
 # ---------------------------------------------------------------------- at an epoch cut

@@ -54,6 +54,7 @@ _STRATUM_SPLICES = 20  # a stratum with fewer made shifts is left out
 _ONSET_EVENTS = 10  # events since the onset for detectors that estimate none
 _UNLEARNED_EVENTS = 25  # an onset before it is an unlearned profile, not a shift
 _RANDOM_MOMENTS = 5  # beside each natural alarm
+_ALIKE = 4.0 / 3.0  # ages of users that are compared: apart by this factor at most
 _SPLICES_MAX = 3_000
 _FEW_USERS = 40  # with fewer, each is spliced more often
 
@@ -402,11 +403,16 @@ def _labelled(study: Study, detector: Detector, labels: Labels, score_K: F64) ->
 def meaning_row(study: Study, detector: Detector, knob: float, found: Outcome | None = None) -> Row:
     """S7: do the events since an alarm's onset foretell the next ones better than those before it?
 
-    Beside it the same at random moments of the same users with as many events since a made-up onset.
+    Beside it the same at random moments of users of the same age, with as many events since a made-up onset, as live
+    (models/confirmation.py). Moments of the alarm's own user are no measure: histories are short, so most of them
+    overlap what the alarm is judged by.
     """
     users = study.reported
     found = found or detector.outcome(users, knob)
     first, rng = users.first, np.random.default_rng(study.seed + 3)
+    age_B = np.arange(len(users)) - first[users.user]
+    order = np.argsort(age_B, kind="stable")
+    sorted_age = age_B[order]
     real, random, owner, early = [], [], [], []
     for place in np.flatnonzero(found.alarm_B).tolist():
         begin, end = int(first[users.user[place]]), int(first[users.user[place] + 1])
@@ -414,11 +420,14 @@ def meaning_row(study: Study, detector: Detector, knob: float, found: Outcome | 
         early.append(place + 1 - since - begin < _UNLEARNED_EVENTS)
         since = max(3, since)
         said = foretells(users, begin, place + 1 - since, place + 1, end)
+        age = int(age_B[place])
+        low, high = np.searchsorted(sorted_age, [max(study.settings.age_min_events, age / _ALIKE), age * _ALIKE])
         beside = [
             other
-            for moment in rng.integers(begin + study.settings.age_min_events, end, _RANDOM_MOMENTS).tolist()
-            if (other := foretells(users, begin, moment + 1 - since, moment + 1, end)) is not None
-        ]
+            for moment in order[rng.integers(low, max(high, low + 1), _RANDOM_MOMENTS) % len(order)].tolist()
+            if (other := foretells(users, int(first[users.user[moment]]), moment + 1 - since, moment + 1,
+                                   int(first[users.user[moment] + 1]))) is not None
+        ]  # fmt: skip
         if said is not None and beside:
             real.append(float(said))
             random.append(float(np.mean(beside)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from models.shift_calibration import (
     alarm_rate,
     calibrate,
     columns,
+    fit,
     match,
     mean_delay,
     memory_of,
@@ -29,7 +31,7 @@ from models.shift_groups import GroupTable, Shadow, Tallies
 from models.shift_planted import planted
 from models.shift_rule import AGES, Rule, fixed_rule
 from models.shift_suites import Study, delay_row, histories_of, meaning_row, planted_row, rate_row
-from models.walk import FEATURE_COUNT, user_dtype_of
+from models.walk import FEATURE_COUNT, FEATURES, user_dtype_of
 
 SETTINGS = ShiftSettings(false_alarm_events=100.0)
 
@@ -214,6 +216,29 @@ def test_meaning_needs_events_that_follow() -> None:
     row = meaning_row(given, ours, 1.0)
     assert row.alerts and row.confirmed is not None and row.confirmed_random is not None
     assert row.confirmed <= 1.0 and row.confirmed_random >= 0.0
+
+
+def test_meaning_is_that_of_shifts_and_not_of_moments() -> None:
+    """S7: alarms at lasting changes are confirmed far more often than random moments, those of a clock are not."""
+    one, other = shop(150, 90, seed=13), shop(150, 90, seed=14)
+    turn = 40 + (7 * one.user) % 30
+    shifted = (one.user % 3 == 0) & (np.arange(len(one)) - one.first[one.user] >= turn)
+    users = histories_of(one.user, np.where(shifted, other.interest, one.interest), one.time_ms)
+    given = replace(study(), tuned=users, reported=users, reported_users=np.arange(150))
+    ours = RuleDetector("x", fixed_rule(by_session=False, threshold=4.0, drift=0.25), SETTINGS)
+    found, clock = meaning_row(given, ours, 1.0), meaning_row(given, DummyDetector(SETTINGS), 60.0)
+    assert (found.alerts or 0) > 20 and (found.confirmed or 0) > (found.confirmed_random or 1) + 0.25
+    assert (clock.alerts or 0) > 50 and abs((clock.confirmed or 0) - (clock.confirmed_random or 1)) < 0.15
+
+
+def test_users_compared_with_themselves_have_their_say() -> None:
+    """What a user's units usually come to is taken from the mean, at least to the share that is asked for."""
+    rng = np.random.default_rng(5)
+    own, foreign = (rng.normal(m, 1.0, (400, FEATURE_COUNT)) for m in (0.0, 1.0))
+    place = FEATURES.index("usual")
+    free, held = (fit(own, foreign, range(FEATURE_COUNT), share) for share in (0.0, 0.3))
+    assert free[place] > 0.0 and held[place] == pytest.approx(-0.3 * held[0])
+    assert [c for i, c in enumerate(free) if i != place] == [c for i, c in enumerate(held) if i != place]
 
 
 def test_shares_leave_the_user_out() -> None:
