@@ -186,10 +186,21 @@ def detectors(study: Study, names: Sequence[str] | None) -> list[Detector]:
 
 
 def rate_row(study: Study, detector: Detector, knob: float, suite: str = "S0", found: Outcome | None = None) -> Row:
-    """The rate in real order, with a Poisson interval. `found`: what the detector said there, where that is known."""
+    """The rate in real order, with a Poisson interval, and one by bootstrap over users, who differ more than by chance.
+
+    `found`: what the detector said there, where that is known.
+    """
     found = found or detector.outcome(study.reported, knob)
     alarms = int(found.alarm_B.sum())
     low, high = _poisson_interval(alarms)
+    users = study.reported
+    old_U = np.maximum(np.diff(users.first) - study.settings.age_min_events, 0)
+    monitored_U = found.monitored * old_U / max(1, int(old_U.sum()))
+    alarms_U = np.bincount(users.user[found.alarm_B], minlength=users.users)
+    drawn = [
+        float(monitored_U[chosen].sum()) / max(0.5, float(alarms_U[chosen].sum()))
+        for chosen in _resampled(np.arange(users.users), study.seed)
+    ]
     return Row(
         suite=suite,
         detector=detector.name,
@@ -197,7 +208,10 @@ def rate_row(study: Study, detector: Detector, knob: float, suite: str = "S0", f
         measured_arl0=found.monitored / alarms if alarms else None,
         expected_alarms=found.monitored / study.false_alarm_events,
         alerts=alarms,
-        ci95={"measured_arl0": (found.monitored / high, found.monitored / low if low else math.inf)},
+        ci95={
+            "measured_arl0": (found.monitored / high, found.monitored / low if low else math.inf),
+            "measured_arl0_by_users": (float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))),
+        },
     )
 
 

@@ -54,6 +54,7 @@ def _columns(suite: str, window: int | None) -> dict[str, Callable[[Row], str]]:
         return {
             "measured": lambda r: _number(r.measured_arl0),
             "95 %": lambda r: _interval(r, "measured_arl0", 0),
+            "by users": lambda r: _interval(r, "measured_arl0_by_users", 0),
             "measured/requested": lambda r: _number(r.measured_arl0 and r.measured_arl0 / r.requested_arl0, 2),
             "expected alarms": lambda r: _number(r.expected_alarms),
         }

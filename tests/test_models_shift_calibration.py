@@ -12,7 +12,7 @@ from river.drift import KSWIN
 
 from models.profile import EmissionSettings, advance
 from models.shift import ShiftSettings
-from models.shift_baselines import DummyDetector, LookedUpKSWIN, RuleDetector, frozen_detector, set_knob
+from models.shift_baselines import DummyDetector, LookedUpKSWIN, Outcome, RuleDetector, frozen_detector, set_knob
 from models.shift_calibration import (
     Histories,
     alarm_rate,
@@ -199,6 +199,21 @@ def test_the_dummy_keeps_its_rate_and_finds_little() -> None:
     assert found.missed is not None and clock.missed is not None and found.missed < clock.missed - 0.3
     low, high = found.ci95["missed"]
     assert low <= found.missed <= high
+
+
+def test_users_that_differ_widen_the_interval_of_a_rate() -> None:
+    """One user with most of the alarms: drawing users anew moves the rate far more than a Poisson count does."""
+
+    class Bursty(DummyDetector):
+        def outcome(self, histories: Histories, knob: float) -> Outcome:
+            alarm_B = (histories.user == 3) & (np.arange(len(histories)) % 2 == 0)
+            return Outcome(alarm_B=alarm_B, monitored=len(histories))
+
+    row = rate_row(study(), Bursty(SETTINGS), 1.0)
+    (low, high), (few, many) = row.ci95["measured_arl0"], row.ci95["measured_arl0_by_users"]
+    assert few < low < (row.measured_arl0 or 0.0) < high < many
+    even = rate_row(study(), DummyDetector(SETTINGS), 20.0)
+    assert even.ci95["measured_arl0_by_users"][1] / even.ci95["measured_arl0_by_users"][0] < 1.3
 
 
 def test_planted_shifts_are_named() -> None:
