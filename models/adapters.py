@@ -109,7 +109,10 @@ class AdapterOptimiser(Optimiser):
     def step(self, boost: float) -> bool:
         for name in _ROWS:
             gradient = getattr(self._network, name).grad
-            if gradient is not None:
+            if gradient is not None and gradient.is_sparse:
+                gradient = getattr(self._network, name).grad = gradient.coalesce()
+                gradient.values()[gradient.indices()[0] < self._first_row] = 0.0
+            elif gradient is not None:
                 gradient[: self._first_row] = 0.0
         return super().step(boost)
 

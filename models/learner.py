@@ -34,6 +34,7 @@ from models.knowledge import Candidates, Knowledge
 from models.optimiser import Optimiser
 from models.profile import EmissionSettings, advance
 from models.purchases import PURCHASE, Purchases, came, pairs_of
+from models.sampled_softmax import Draw, log_softmax_of
 from models.settings import LearningSettings, NetworkSettings
 from models.shift import GroupTable, ShiftSettings
 from models.snapshot import Weights
@@ -482,12 +483,12 @@ class Learner:
         order = order[: int((count_E > 0).sum())]
         hidden_EH = self._tensor(history.hidden[start_E])
         if not len(order):
-            return hidden_EH, f.embedding(embedding_S, network.interest)
+            return hidden_EH, self._embedding(embedding_S)
         sizes_T = (count_E[:, None] > np.arange(int(count_E.max()))).sum(0)
         row_P = np.concatenate([row_EK[order[:size], count_E[order[:size]] - 1 - t] for t, size in enumerate(sizes_T)])
         interest_P = history.interest[row_P]
         embedding_P = self._tensor(self._knowledge.embedding(interest_P, self._vocabulary.find(interest_P)))
-        rows_D = f.embedding(torch.cat([embedding_P, embedding_S]), network.interest)
+        rows_D = self._embedding(torch.cat([embedding_P, embedding_S]))
         input_PI = network.inputs_of(
             rows_D[: len(row_P)],
             self._tensor(history.item[row_P]),
@@ -543,7 +544,15 @@ class Learner:
         target_row_E = self._vocabulary.find(target_E).astype(np.int64)
         known_E = (target_row_E >= 0) | (slot_E >= 0)
         general_E = torch.full_like(step.log_gate_E, NEVER)
-        if len(log_popularity_V):
+        if self._is_sampled():
+            crowd_VK, at = self._tensor(self._knowledge.crowd_VK), self._tensor(at_E)
+            drawn = Draw.of(self._knowledge.popularity_V, self._learning.softmax_draws, self._random)
+            log_general_E = log_softmax_of(
+                network, step.state_EH, moments.follower_EM[at], moments.lift_EM[at], moments.live_E[at],
+                log_popularity_V, crowd_VK, self._tensor(np.maximum(target_row_E, 0)), drawn,
+            )  # fmt: skip
+            general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
+        elif len(log_popularity_V):
             crowd_VK, at = self._tensor(self._knowledge.crowd_VK), self._tensor(at_E)
             logit_EV = network.logits(
                 step.state_EH,
@@ -557,6 +566,14 @@ class Learner:
             log_general_E = -f.cross_entropy(logit_EV, row_E, reduction="none")
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
         return log_probability(step, general_E, self._tensor(slot_E)), known_E
+
+    def _is_sampled(self) -> bool:
+        """Whether the vocabulary is too large for a softmax over all of it; then gradients of its table are sparse."""
+        return len(self._knowledge.log_popularity_V) > self._learning.softmax_interests_max
+
+    def _embedding(self, index: Tensor) -> Tensor:
+        """Rows of the table of interests."""
+        return f.embedding(index, self._network.interest, sparse=self._is_sampled())
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -46,7 +46,7 @@ class Optimiser:
 
     def step(self, boost: float) -> bool:
         """Apply the gradients; False, and nothing is changed, where they are not finite."""
-        tables = {n: g for n in _TABLES if (g := getattr(self._network, n).grad) is not None}
+        tables = {n: _whole(g) for n in _TABLES if (g := getattr(self._network, n).grad) is not None}
         square_V = {n: _row_squares(g) for n, g in tables.items()}  # read once, for the norm and for the sums
         gradients = [p.grad for p in self._dense if p.grad is not None]
         norms = [square.sum().sqrt() for square in square_V.values()]
@@ -70,6 +70,14 @@ class Optimiser:
         """Row-wise Adagrad. The gradient is still to be scaled by `clip`; `square_V` are its rows' sums of squares."""
         table, sums_V = getattr(self._network, name), self._sums[name]
         width = gradient.numel() // len(gradient)
+        if gradient.is_sparse:
+            # Rows without a gradient stay where they are, as below; only their sums decay.
+            row_R, value_R = gradient.indices()[0], gradient.values()
+            sums_V.mul_(self._learning.accumulator_decay)
+            sums_V.index_add_(0, row_R, square_V, alpha=clip * clip / width)
+            scale_R = self._learning.embedding_rate * factor * clip / (sums_V[row_R] + _SUM_START).sqrt()
+            table.index_add_(0, row_R, value_R * scale_R.unsqueeze(1), alpha=-1.0)
+            return
         sums_V.mul_(self._learning.accumulator_decay).add_(square_V, alpha=clip * clip / width)
         scale_V = self._learning.embedding_rate * factor * clip / (sums_V + _SUM_START).sqrt()
         table.addcmul_(gradient, scale_V if table.dim() == 1 else scale_V.unsqueeze(1), value=-1.0)
@@ -129,8 +137,15 @@ class Optimiser:
         self.steps = int(tensors["steps"][0])
 
 
+def _whole(gradient: Tensor) -> Tensor:
+    """A sparse gradient with each row once."""
+    return gradient.coalesce() if gradient.is_sparse else gradient
+
+
 def _row_squares(gradient: Tensor) -> Tensor:
-    """Sum of the squares of each row."""
+    """Sum of the squares of each row; of the rows that are there."""
+    if gradient.is_sparse:
+        gradient = gradient.values()
     return gradient.square() if gradient.dim() == 1 else torch.linalg.vecdot(gradient, gradient)
 
 

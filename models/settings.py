@@ -65,6 +65,15 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "next interest; false to measure what that gives"
         ),
     ] = True
+    softmax_interests_max: Annotated[
+        int,
+        Meta(
+            description="interests up to which a gradient step goes through all of them; with more, those that were "
+            "not met are sampled",
+            ge=1,
+        ),
+    ] = 5_000
+    softmax_draws: Annotated[int, Meta(description="interests that are drawn for a step then", ge=16, le=2**20)] = 1_024
     burn_in_events: Annotated[
         int, Meta(description="older events of a user through which gradients flow", ge=1, le=64)
     ] = 4

@@ -106,6 +106,10 @@ def run(
     config = given.load().config
     begin = str(_start(start))  # an age becomes one moment for all
     log_to(config.app, "run")
+    if config.learner.initial_weights:  # found out here, not by each process for itself
+        from stream.saved_weights import check_there
+
+        check_there(Path(config.learner.initial_weights), key="learner.initial_weights")
     with _opened(config) as transport:
         _prepare_topics(transport, config)
     children = [

@@ -192,14 +192,9 @@ def load_initial(path: Path, network: NetworkSettings, *, key: str) -> Initial:
     """
     from models.tuning import SavedFacts
 
-    folder = path.parent if path.name == f"{CHECKPOINT}.json" else path
-    try:
-        saved, facts, files = read(folder, CHECKPOINT, CheckpointFacts)
+    with _told_of(path, key):
+        saved, facts, files = read(_folder(path), CHECKPOINT, CheckpointFacts)
         learner = msgspec.convert(facts.learner, SavedFacts)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{key} {path}: is no checkpoint of this program: {error}; pretrain anew") from None
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
     for name in network.__struct_fields__:
         made, wanted = getattr(learner.settings, name), getattr(network, name)
         if made != wanted:
@@ -210,6 +205,28 @@ def load_initial(path: Path, network: NetworkSettings, *, key: str) -> Initial:
     if {"weights", "optimiser"} - files.keys():
         raise ConfigError(f"{key} {path}: names no file of weights or of the optimiser; pretrain anew")
     return Initial(path=path, kind=saved.kind, learner=learner, files=files)
+
+
+def check_there(path: Path, *, key: str) -> None:
+    """Whether a whole checkpoint is there: quick, without the network. Raises ConfigError."""
+    with _told_of(path, key):
+        read(_folder(path), CHECKPOINT, CheckpointFacts)
+
+
+def _folder(path: Path) -> Path:
+    """A checkpoint may be named by its JSON file."""
+    return path.parent if path.name == f"{CHECKPOINT}.json" else path
+
+
+@contextmanager
+def _told_of(path: Path, key: str) -> Iterator[None]:
+    """Errors name the setting or option."""
+    try:
+        yield
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{key} {path}: is no checkpoint of this program: {error}; pretrain anew") from None
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def check_kind(initial: Initial, config: Config, *, key: str) -> None:
