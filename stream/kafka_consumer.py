@@ -31,6 +31,9 @@ from stream.kafka_client import ConnectionSettings, Topics, hushed, translating
 from stream.transport import Polled, Position, Record, TopicPartition
 
 POLL_SLICE_S = 0.1  # the library does not return when only the assignment changed
+# How long a rebalance waits for members that do not come. A broker that was killed may forget to expire dead members
+# when it is back; the library's 300 s then stopped the whole group. [kafka] max_poll_interval_ms overrides it.
+REJOIN_TIMEOUT_MS = 60_000
 COMMITTED_TIMEOUT_S = 5.0
 _LIST_TIMEOUT_MS = 5_000
 _CLOSE_TIMEOUT_MS = 3_000
@@ -198,10 +201,12 @@ class KafkaConsumer:
         self._unplaced: set[TopicPartition] = set()  # no seek yet
         self._held: set[TopicPartition] = set()  # paused by the owner's wish, or since assigned
         self._notes = _Notes()
+        session_ms = int(settings.get("session_timeout_ms", Client.DEFAULT_CONFIG["session_timeout_ms"]))
         self._client = settings.connect(
             Client,
             group_id=group,
             auto_offset_reset=reset,
+            max_poll_interval_ms=settings.get("max_poll_interval_ms", max(REJOIN_TIMEOUT_MS, session_ms)),
             partition_assignment_strategy=[SharedByNumber(self._notes.owned)],
             **{name: settings.get(name, value) for name, value in FETCH.items()},
         )

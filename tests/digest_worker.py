@@ -43,12 +43,12 @@ def open_log(log: dict[str, Any]) -> Transport:
         return EmbeddedLog(Path(log["embedded"]), lease_s=log.get("session_s", 2.0), clock=lambda: time.time())
     from stream.kafka import KafkaLog
 
-    session_ms = int(1_000 * log.get("session_s", 6.0))
+    session_s, transaction_s = log.get("session_s", 6.0), log.get("transaction_s", 10.0)
     settings = {
-        "bootstrap_servers": log["kafka"], "session_timeout_ms": session_ms, "heartbeat_interval_ms": 200,
-        **log.get("settings", {}),
+        "bootstrap_servers": log["kafka"], "session_timeout_ms": int(1_000 * session_s), "heartbeat_interval_ms": 200,
+        "max_poll_interval_ms": int(1_000 * (session_s + transaction_s)), **log.get("settings", {}),
     }  # fmt: skip
-    return KafkaLog(settings, transaction_timeout_s=log.get("transaction_s", 10.0))
+    return KafkaLog(settings, transaction_timeout_s=transaction_s)
 
 
 def wrap(owner: Any, name: str, before: Callable[[], None]) -> None:

@@ -45,6 +45,7 @@ from stream.transport import TopicPartition
 
 SESSION_S = 3.0
 TRANSACTION_S = 4.0
+STILL_MAX_S = 60.0  # of a soak, whose faults follow each other faster than sessions expire
 SETTINGS = {"batch_events_max": 20}
 POINTS = (*(f"step {n}" for n in range(1, 8)), "send", "committing", "restore", "rewrite", "delete")
 HERE = Path(__file__).resolve().parent
@@ -594,14 +595,21 @@ def soak(bench: Bench, minutes: float) -> Row:
         while figures.minutes < minutes:
             settle(site, rng, rng.uniform(1.0, 4.0))
             figures.look(row.faults)
+            away = row.bit["broker killed"]
             row.faults += disturb(site, broker, workers, rng, row)
+            if row.bit["broker killed"] > away:
+                figures.broker_is_back()
         back(site, row, rng, 2 * (SESSION_S + TRANSACTION_S))
         row.faults -= 1  # that was none
         figures.look(row.faults)
         grows = figures.judge(row)
+        row.notes.append(
+            f"no transaction with results ended for at most {figures.still_s:.0f} s while the broker was up"
+        )
         finish(site, row, [steady, *(w for w in workers.values() if w.poll() is None)])
         figures.close()
     assert not grows, f"{'; '.join(grows)}; of {row.notes}"
+    assert figures.still_s < STILL_MAX_S, f"the workers stood still: {row.notes}"
     return row
 
 
@@ -645,7 +653,9 @@ class Figures:
     def __init__(self, site: Site, pid: int) -> None:
         self._site, self._pid = site, pid
         self._reader = site.transport.reader()
-        self._start_s = self._told_s = time.monotonic()
+        self._start_s = self._told_s = self._moved_s = time.monotonic()
+        self._results = -1
+        self.still_s = 0.0  # longest time without the end of a transaction with results, while the broker was up
         self.times_min: list[float] = []
         self.seen: list[tuple[float, int, int]] = []
 
@@ -655,14 +665,28 @@ class Figures:
 
     def look(self, faults: int) -> None:
         """Take the figures of now; tell them once a minute. A broker that is away is asked another time."""
-        tps = [TopicPartition(self._site.names.state, p) for p in range(PARTITIONS)]
-        with contextlib.suppress(DriftlineError):
-            bounds = [self._reader.bounds(tp) for tp in tps]
+        try:
+            bounds = self._bounds(self._site.names.state)
+            results = sum(end for _, end in self._bounds(self._site.names.outputs["forecasts"]))
+        except DriftlineError:
+            self.broker_is_back()
+        else:
+            now_s = time.monotonic()
+            if results != self._results:
+                self._results, self._moved_s = results, now_s
+            self.still_s = max(self.still_s, now_s - self._moved_s)
             self.seen.append((*figures_of(self._pid), sum(end - head for head, end in bounds)))
             self.times_min.append(self.minutes)
             if time.monotonic() >= self._told_s:
                 self._told_s += 60
                 print(f"soak, {self.minutes:.1f} minutes, {faults} faults: {self.seen[-1]}", flush=True)
+
+    def broker_is_back(self) -> None:
+        """What stood still until now does not count."""
+        self._moved_s = time.monotonic()
+
+    def _bounds(self, topic: str) -> list[tuple[int, int]]:
+        return [self._reader.bounds(TopicPartition(topic, p)) for p in range(PARTITIONS)]
 
     def judge(self, row: Row) -> list[str]:
         """Note level and growth of each figure; the names of those that grow."""

@@ -23,7 +23,7 @@ from stream.kafka_client import ConnectionSettings
 from stream.kafka_consumer import KafkaConsumer
 from stream.transport import Polled, Position, TopicPartition, TopicSpec
 
-POLLS_MAX = 400
+POLLS_MAX = 400  # of 0.05 s
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +241,37 @@ def test_the_proof_of_a_batch_belongs_to_its_generation(log: KafkaLog, topic: st
     assert later.group.member_id == polled.group.member_id  # type: ignore[attr-defined]
     first.close()
     second.close()
+
+
+@pytest.mark.kafka
+def test_a_member_that_does_not_rejoin_holds_the_others_up_for_a_limited_time(kafka_bootstrap: str) -> None:
+    """Trap: a rebalance waits for members that seem alive; with the library's `max_poll_interval_ms` for 300 s."""
+    settings = {"bootstrap_servers": kafka_bootstrap, "heartbeat_interval_ms": 200, "session_timeout_ms": 6_000}
+    log = KafkaLog({**settings, "max_poll_interval_ms": 7_000}, transaction_timeout_s=10)
+    topic = new_topic(log)
+    silent = log.consumer(group=f"g-{topic}", topics=[topic])
+    take(silent, 2)  # from now on it sends heartbeats, but does not poll
+    other = log.consumer(group=f"g-{topic}", topics=[topic])
+    assert take(other, 2) == [TopicPartition(topic, 0), TopicPartition(topic, 1)]
+    other.close()
+    silent.close()
+    log.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(
+    ("settings", "milliseconds"),
+    [({}, 60_000), ({"session_timeout_ms": 90_000}, 90_000), ({"max_poll_interval_ms": 200_000}, 200_000)],
+)
+def test_the_time_to_rejoin_is_a_minute_or_as_set(
+    kafka_bootstrap: str, settings: dict[str, int], milliseconds: int
+) -> None:
+    """It is never below the session's timeout, which the client would refuse."""
+    log = KafkaLog({"bootstrap_servers": kafka_bootstrap, **settings}, transaction_timeout_s=10)
+    consumer = log.consumer(group="g", topics=[new_topic(log)])
+    assert consumer._client.config["max_poll_interval_ms"] == milliseconds
+    consumer.close()
+    log.close()
 
 
 @pytest.mark.kafka
