@@ -249,15 +249,10 @@ class Forecaster:
         view = self._network.view(moments)
         for number in range(1, steps + 1):
             step = self._network.step(state_EH, view)
-            logit_EV = self._network.logits(
-                state_EH,
-                moments.follower_EM,
-                moments.lift_EM,
-                moments.live_E,
-                self._log_popularity_V,
-                self._crowd_VK,
+            yield Parts(
+                step=step,
+                general_EV=self._network.general(step, moments, self._log_popularity_V, self._crowd_VK),
             )
-            yield Parts(step=step, logit_EV=logit_EV)
             if number < steps:
                 state_EH = self._network.next_state(step, view, number + 1)
 
@@ -267,22 +262,16 @@ class Parts:
     """One step's distribution as the network gives it: its mixture is not built where it is not needed."""
 
     step: Step
-    logit_EV: torch.Tensor
+    general_EV: torch.Tensor
 
-    def arrays(self) -> tuple[F32, F32, F32, F32, F32]:
-        """logits, log sum of their exponentials, log copy probabilities, log gate, log rest."""
-        if self.logit_EV.shape[1]:
-            total_E = torch.logsumexp(self.logit_EV, dim=-1).numpy()
-        else:
-            total_E = np.zeros(len(self.logit_EV), np.float32)
+    def arrays(self) -> tuple[F32, F32, F32]:
+        """Probabilities: of the vocabulary (E, V) and of the candidates (E, C), and what all of the former weigh (E,).
+
+        The gate's share is in those of the candidates already.
+        """
         step = self.step
-        return (
-            self.logit_EV.numpy(),
-            total_E,
-            step.copy_EC.numpy(),
-            step.log_gate_E.numpy(),
-            step.log_rest_E.numpy(),
-        )
+        copied_EC = torch.exp(step.copy_EC + step.log_gate_E.unsqueeze(1))
+        return self.general_EV.numpy(), copied_EC.numpy(), torch.exp(step.log_rest_E).numpy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,7 +340,7 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _rank(
-    logit_EV: F32, total_E: F32, copy_EC: F32, gate_E: F32, rest_E: F32, row_EC: I32, key_EC: U32, keys_V: U32,
+    general_EV: F32, copied_EC: F32, rest_E: F32, row_EC: I32, key_EC: U32, keys_V: U32,
     target_E: U32, target_row_E: I32, rank_E: I64, probability_E: F32,
 ) -> None:  # fmt: skip
     count, slots = key_EC.shape
@@ -365,20 +354,20 @@ def _rank(
             mixed[c] = 0.0
             if key_EC[e, c] == 0:
                 continue
-            mixed[c] = np.exp(gate_E[e] + copy_EC[e, c])
+            mixed[c] = copied_EC[e, c]
             row = row_EC[e, c]
             if row >= 0:
-                mixed[c] += np.exp(rest_E[e] + logit_EV[e, row] - total_E[e])
+                mixed[c] += rest_E[e] * general_EV[e, row]
                 candidate[row] = True
             if key_EC[e, c] == target_E[e]:
                 found = c
         rank = 0
         if found >= 0:
             p = mixed[found]
-            bound = np.log(p) - rest_E[e] + total_E[e]
+            bound = p / rest_E[e]
         elif target_row >= 0:
-            p = np.exp(rest_E[e] + logit_EV[e, target_row] - total_E[e])
-            bound = logit_EV[e, target_row]
+            p = rest_E[e] * general_EV[e, target_row]
+            bound = general_EV[e, target_row]
         else:
             p = 0.0
             bound = 0.0
@@ -388,7 +377,7 @@ def _rank(
                 if key_EC[e, c] != 0 and c != found and mixed[c] >= p:
                     rank += 1
             for v in range(rows):
-                if logit_EV[e, v] >= bound and not candidate[v] and keys_V[v] != 0 and v != target_row:
+                if general_EV[e, v] >= bound and not candidate[v] and keys_V[v] != 0 and v != target_row:
                     rank += 1
         rank_E[e] = rank
         probability_E[e] = p
@@ -399,7 +388,7 @@ def _rank(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _top(
-    logit_EV: F32, total_E: F32, copy_EC: F32, gate_E: F32, rest_E: F32, row_EC: I32, key_EC: U32, keys_V: U32,
+    general_EV: F32, copied_EC: F32, rest_E: F32, row_EC: I32, key_EC: U32, keys_V: U32,
     interest_EK: U32, probability_EK: F32,
 ) -> None:  # fmt: skip
     count, slots = key_EC.shape
@@ -411,21 +400,21 @@ def _top(
         for c in range(slots):
             if key_EC[e, c] == 0:
                 continue
-            p = np.exp(gate_E[e] + copy_EC[e, c])
+            p = copied_EC[e, c]
             row = row_EC[e, c]
             if row >= 0:
-                p += np.exp(rest_E[e] + logit_EV[e, row] - total_E[e])
+                p += rest_E[e] * general_EV[e, row]
                 candidate[row] = True
             used = _insert(interest_EK[e], probability_EK[e], used, length, key_EC[e, c], p)
-        bound = -np.inf
+        bound = 0.0
         if used == length:
-            bound = np.log(probability_EK[e, length - 1]) - rest_E[e] + total_E[e]
+            bound = probability_EK[e, length - 1] / rest_E[e]
         for v in range(rows):
-            if logit_EV[e, v] > bound and not candidate[v] and keys_V[v] != 0:
-                p = np.exp(rest_E[e] + logit_EV[e, v] - total_E[e])
+            if general_EV[e, v] > bound and not candidate[v] and keys_V[v] != 0:
+                p = rest_E[e] * general_EV[e, v]
                 used = _insert(interest_EK[e], probability_EK[e], used, length, keys_V[v], p)
                 if used == length:
-                    bound = np.log(probability_EK[e, length - 1]) - rest_E[e] + total_E[e]
+                    bound = probability_EK[e, length - 1] / rest_E[e]
         for c in range(slots):
             if row_EC[e, c] >= 0:
                 candidate[row_EC[e, c]] = False

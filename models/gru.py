@@ -3,14 +3,16 @@
 On the way of an event: `encode` brings the users' hidden states up to date; `decode` and `Step` say what comes next.
 The probability of an interest at a step is a mixture:
 
-    p(i) = gate * copy(i) + (1 - gate) * general(i)
+    p(i) = gate * copy(i) + (1 - gate) * (trust * counted(i) + (1 - trust) * trained(i))
     copy(i)      softmax over the user's candidates (ring and slow profile), scored by a small network on what is known
                  of each candidate (models/candidates.py), the state, and the match of the state with its embedding
-    general(i)   softmax over the vocabulary: state . embedding + bias + log popularity + log lift of what followed the
-                 user's last interests (models/successors.py)
+    counted(i)   what followed the user's last interests, in shares, and popularity (models/successors.py)
+    trained(i)   softmax over the vocabulary: state . embedding + bias + log popularity + log lift of what followed
+
+`counted` is a part of its own beside the lift: a softmax spreads what the counts have right where few interests follow.
 
 It starts as the recency rule: the copy score is -log(slot) plus terms that start at 0, the gate lets no interest of the
-vocabulary pass before a candidate, and the output layer starts as popularity. Learning can only add.
+vocabulary pass before a candidate, and all else starts as popularity and what followed. Learning can only add.
 
 Tensors carry their shape; the legend is in models/features.py. Here also:
     C  slots of candidates   S  those in use   F  numbers of one   G  numbers of the moment   M  followers   D  width
@@ -36,7 +38,7 @@ TYPE_WIDTH = 8
 CROWD_COUNT = 3  # what everybody does with an interest: popular just now, seen lately, share of stays
 COUNTED_COUNT = 2 + SOURCES + CROWD_COUNT  # of a candidate: lift, log popularity, lift by each source, the crowd's
 CANDIDATE_NUMBERS = FEATURE_COUNT + COUNTED_COUNT
-LAST_COUNT = 3  # of a moment: of the last interest the share of stays, followers among the candidates, popularity
+LAST_COUNT = 5  # of a moment: of the last interest the share of stays, followers among the candidates, popularity
 MOMENT_NUMBERS = CONTEXT_COUNT + LAST_COUNT
 PAIR_NUMBERS = CANDIDATE_NUMBERS + 2  # of a moment and an interest: not the user's own, share of purchases
 BUYER_COUNT = 5  # of a user: what is known of his purchases, see models/purchases.py
@@ -55,7 +57,7 @@ class Moments:
         embedding_S: row of its interest in the embedding table.
         number_SF, context_EG: see models/candidates.py, and behind those what is counted, by models/knowledge.py.
         copies_E: whether there is any candidate.
-        follower_EM, lift_EM: see models/successors.py.
+        follower_EM, extra_EM, base_E: see models/successors.py.
         live_E: 1 where what is counted of the vocabulary is as of that moment, 0 where it is newer.
         slots: C.
     """
@@ -67,7 +69,8 @@ class Moments:
     context_EG: Tensor
     copies_E: Tensor
     follower_EM: Tensor
-    lift_EM: Tensor
+    extra_EM: Tensor
+    base_E: Tensor
     live_E: Tensor
     slots: int
 
@@ -107,7 +110,8 @@ class View:
                 context_EG=moments.context_EG[whole],
                 copies_E=moments.copies_E[whole],
                 follower_EM=moments.follower_EM[whole],
-                lift_EM=moments.lift_EM[whole],
+                extra_EM=moments.extra_EM[whole],
+                base_E=moments.base_E[whole],
                 live_E=moments.live_E[whole],
                 slots=moments.slots,
             ),
@@ -119,12 +123,19 @@ class View:
 
 @dataclass(kw_only=True, slots=True)
 class Step:
-    """One step's distribution, but for the output layer. `copy_EC` are log probabilities."""
+    """One step's distribution, but for the output layer. `copy_EC` are log probabilities.
+
+    Attributes:
+        log_gate_E, log_rest_E: shares of the copy head and of all else.
+        log_counted_E, log_trained_E: of all else, what is counted alone and the output layer.
+    """
 
     state_EH: Tensor
     copy_EC: Tensor
     log_gate_E: Tensor
     log_rest_E: Tensor
+    log_counted_E: Tensor
+    log_trained_E: Tensor
 
     def first(self, count: int) -> Step:
         """Of the first moments."""
@@ -160,6 +171,7 @@ class Network(nn.Module):
         self.copy_rank = nn.Parameter(torch.ones(()))
         self.copy_match = nn.Linear(HIDDEN, width)
         self.gate = nn.Linear(HIDDEN + MOMENT_NUMBERS, 1)
+        self.trust = nn.Linear(HIDDEN + MOMENT_NUMBERS, 1)
         self.query = nn.Linear(HIDDEN, width)
         self.crowd = nn.Linear(HIDDEN, CROWD_COUNT)
         self.popularity = nn.Parameter(torch.ones(()))
@@ -171,8 +183,8 @@ class Network(nn.Module):
         self.buy_score = nn.Linear(copy, 1)
         with torch.no_grad():
             starts = (
-                self.project, self.copy_score, self.copy_match, self.gate, self.query, self.crowd, self.next_type,
-                self.buy_score,
+                self.project, self.copy_score, self.copy_match, self.gate, self.trust, self.query, self.crowd,
+                self.next_type, self.buy_score,
             )  # fmt: skip
             for layer in starts:
                 layer.weight.zero_()
@@ -238,30 +250,66 @@ class Network(nn.Module):
         score_EC = score_EC.index_copy(0, moments.place_S, score_S).view(-1, moments.slots)
         gate_E = self.gate(seen_EG).squeeze(-1)
         gate_E = torch.where(moments.copies_E, gate_E, torch.full_like(gate_E, NEVER))
+        trust_E = self.trust(seen_EG).squeeze(-1)
         return Step(
             state_EH=state_EH,
             copy_EC=f.log_softmax(score_EC, dim=-1),
             log_gate_E=f.logsigmoid(gate_E),
             log_rest_E=f.logsigmoid(-gate_E),
+            log_counted_E=f.logsigmoid(trust_E),
+            log_trained_E=f.logsigmoid(-trust_E),
         )
 
     def logits(
-        self,
-        state_EH: Tensor,
-        follower_EM: Tensor,
-        lift_EM: Tensor,
-        live_E: Tensor,
-        log_popularity_V: Tensor,
-        crowd_VK: Tensor,
+        self, state_EH: Tensor, moments: Moments, at_E: Tensor, log_popularity_V: Tensor, crowd_VK: Tensor
     ) -> Tensor:
-        """Scores of every interest of the vocabulary, (E, V)."""
+        """Scores of every interest of the vocabulary, (E, V).
+
+        Args:
+            at_E: the moment of each state.
+        """
         first, last = self.settings.hashed_rows, self.settings.hashed_rows + len(log_popularity_V)
         offset_V = self.bias[first:last] + self.popularity * log_popularity_V
         logit_EV = torch.addmm(offset_V, self.query(state_EH), self.interest[first:last].T)
-        logit_EV.addmm_(self.crowd(state_EH) * live_E.unsqueeze(-1), crowd_VK.T)  # in place: no copy of (E, V)
+        live_E = moments.live_E[at_E].unsqueeze(-1)
+        logit_EV.addmm_(self.crowd(state_EH) * live_E, crowd_VK.T)  # in place: no copy of (E, V)
         if not len(log_popularity_V):
             return logit_EV
-        return logit_EV.scatter_add_(1, follower_EM, self.lift * lift_EM)
+        follower_EM = moments.follower_EM[at_E]
+        usual_EM = torch.exp(log_popularity_V)[follower_EM] * moments.base_E[at_E].unsqueeze(1)
+        return logit_EV.scatter_add_(1, follower_EM, self.lift * torch.log1p(moments.extra_EM[at_E] / usual_EM))
+
+    def general(self, step: Step, moments: Moments, log_popularity_V: Tensor, crowd_VK: Tensor) -> Tensor:
+        """Probabilities of every interest of the vocabulary, but for the copy head, (E, V); without gradients."""
+        at_E = torch.arange(len(step.state_EH), device=step.state_EH.device)
+        logit_EV = self.logits(step.state_EH, moments, at_E, log_popularity_V, crowd_VK)
+        if not len(log_popularity_V):
+            return logit_EV
+        p_EV = torch.softmax(logit_EV, dim=-1).mul_(torch.exp(step.log_trained_E).unsqueeze(1))
+        counted_E = torch.exp(step.log_counted_E)
+        p_EV.addcmul_((counted_E * moments.base_E).unsqueeze(1), torch.exp(log_popularity_V).unsqueeze(0))
+        return p_EV.scatter_add_(1, moments.follower_EM, counted_E.unsqueeze(1) * moments.extra_EM)
+
+    def log_general(
+        self,
+        step: Step,
+        moments: Moments,
+        at_E: Tensor,
+        log_popularity_V: Tensor,
+        crowd_VK: Tensor,
+        row_E: Tensor,
+    ) -> Tensor:
+        """Logarithm of what `general` gives one interest for each distribution.
+
+        Args:
+            at_E: the moment of each distribution of `step`.
+            row_E: rows of the interests in the vocabulary, which is not empty.
+        """
+        logit_EV = self.logits(step.state_EH, moments, at_E, log_popularity_V, crowd_VK)
+        trained_E = -f.cross_entropy(logit_EV, row_E, reduction="none")
+        extra_EM = moments.extra_EM[at_E] * (moments.follower_EM[at_E] == row_E.unsqueeze(1))
+        counted_E = torch.log(extra_EM.sum(dim=1) + moments.base_E[at_E] * torch.exp(log_popularity_V[row_E]))
+        return torch.logaddexp(step.log_trained_E + trained_E, step.log_counted_E + counted_E)
 
     def type_logits(self, state_EH: Tensor, context_EG: Tensor) -> Tensor:
         logit_ET: Tensor = self.next_type(torch.cat([state_EH, context_EG], dim=-1))
@@ -299,7 +347,7 @@ def log_probability(step: Step, general_E: Tensor, slot_E: Tensor) -> Tensor:
     """log p of one interest for each moment.
 
     Args:
-        general_E: its log probability in the output layer, NEVER where it is not in the vocabulary.
+        general_E: its logarithm from `Network.log_general`, NEVER where it is not in the vocabulary.
         slot_E: its slot among the candidates, -1 where it is none.
     """
     copy_E = step.copy_EC.gather(1, slot_E.clamp(min=0).unsqueeze(1)).squeeze(1)

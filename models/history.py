@@ -112,7 +112,8 @@ class History:
         self.hidden = np.zeros((capacity, HIDDEN), np.float32)  # state before the event
         self.learned = np.zeros(capacity, np.bool_)  # what follows is as it was when the event was learned
         self.follower = np.full((capacity, followers), _NONE, np.int32)
-        self.lift = np.zeros((capacity, followers), np.float16)
+        self.extra = np.zeros((capacity, followers), np.float16)
+        self.base = np.ones(capacity, np.float32)
         self.counted = np.zeros((capacity, slots, COUNTED_COUNT), np.float16)  # of each candidate
         self.last_counted = np.zeros((capacity, LAST_COUNT), np.float32)
         self._snapshot = Snapshot(
@@ -164,9 +165,10 @@ class History:
             newest = int(self.previous[newest % self.capacity])
         number_E = np.array(gone, np.int64)
         row_E = number_E % self.capacity
-        for name in ("digest", "interest", "item", "type", "number", "gap_s", "hidden", "learned", "lift"):
+        for name in ("digest", "interest", "item", "type", "number", "gap_s", "hidden", "learned", "extra"):
             getattr(self, name)[row_E] = 0
         self.counted[row_E] = self.last_counted[row_E] = 0
+        self.base[row_E] = 1.0
         self.follower[row_E] = self.previous[row_E] = _NONE
         for name in Snapshot.__slots__:
             getattr(self._snapshot, name)[row_E] = 0

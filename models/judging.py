@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 
 from models.evaluate import Judged
@@ -35,26 +34,26 @@ def judge(
     row_EN = forecaster.rows(target_EN.reshape(-1)).reshape(target_EN.shape)
     kernel: Any = _judge
     errors: Any = _share_errors
-    general_EV = copied_EC = mass_E = np.zeros(0)
+    general_sum_EV = copied_sum_EC = mass_E = np.zeros(0, np.float32)
     for span, n, candidates, parts in forecaster.distributions(hidden_EH, snapshot, gap_s_E, steps):
-        logit_EV, total_E, copy_EC, gate_E, rest_E = parts.arrays()
+        general_EV, copied_EC, rest_E = parts.arrays()
         kernel(
-            logit_EV, total_E, copy_EC, gate_E, rest_E, candidates.row_EC, candidates.key_EC, forecaster.keys_V,
+            general_EV, copied_EC, rest_E, candidates.row_EC, candidates.key_EC, forecaster.keys_V,
             np.ascontiguousarray(target_EN[span, n]), np.ascontiguousarray(row_EN[span, n]),
             judged.rank_EN[span, n], judged.top_EN[span, n],
         )  # fmt: skip
-        copied = np.where(candidates.key_EC != 0, np.exp(copy_EC + gate_E[:, None]), 0.0)
-        general = torch.softmax(parts.logit_EV, dim=-1).mul_(torch.exp(parts.step.log_rest_E).unsqueeze(1)).numpy()
-        rest = np.exp(rest_E) if logit_EV.shape[1] else np.zeros(len(rest_E), np.float32)
+        copied = np.where(candidates.key_EC != 0, copied_EC, 0.0)
+        general = general_EV * rest_E[:, None]
+        rest = rest_E if general.shape[1] else np.zeros(len(rest_E), np.float32)
         if n == 0:
-            general_EV, copied_EC, mass_E = general, copied, rest + copied.sum(1)
+            general_sum_EV, copied_sum_EC, mass_E = general, copied, rest + copied.sum(1)
         else:
-            general_EV += general
-            copied_EC += copied
+            general_sum_EV += general
+            copied_sum_EC += copied
             mass_E = mass_E + rest + copied.sum(1)
-        square_E = np.einsum("ev,ev->e", general_EV, general_EV)
+        square_E = np.einsum("ev,ev->e", general_sum_EV, general_sum_EV)
         errors(
-            general_EV, square_E, copied_EC, mass_E, candidates.row_EC, candidates.key_EC,
+            general_sum_EV, square_E, copied_sum_EC, mass_E, candidates.row_EC, candidates.key_EC,
             np.ascontiguousarray(target_EN[span]), np.ascontiguousarray(row_EN[span]), n + 1,
             judged.absolute_EN[span, n], judged.square_EN[span, n],
         )  # fmt: skip
@@ -66,7 +65,7 @@ def judge(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _judge(
-    logit_EV: F32, total_E: F32, copy_EC: F32, gate_E: F32, rest_E: F32, row_EC: I32, key_EC: U32, keys_V: U32,
+    general_EV: F32, copied_EC: F32, rest_E: F32, row_EC: I32, key_EC: U32, keys_V: U32,
     target_E: U32, target_row_E: I32, rank_E: I64, top_E: F32,
 ) -> None:  # fmt: skip
     """Rank of each target, ties against us, and the largest probability; over the mixture, without building it."""
@@ -84,10 +83,10 @@ def _judge(
             mixed[c] = 0.0
             if key_EC[e, c] == 0:
                 continue
-            mixed[c] = np.exp(gate_E[e] + copy_EC[e, c])
+            mixed[c] = copied_EC[e, c]
             row = row_EC[e, c]
             if row >= 0:
-                mixed[c] += np.exp(rest_E[e] + logit_EV[e, row] - total_E[e])
+                mixed[c] += rest_E[e] * general_EV[e, row]
                 candidate[row] = True
             top = max(top, mixed[c])
             if key_EC[e, c] == target_E[e]:
@@ -95,10 +94,10 @@ def _judge(
         known = found >= 0 or target_row >= 0
         if found >= 0:
             p = mixed[found]
-            bound = np.log(p) - rest_E[e] + total_E[e]
+            bound = p / rest_E[e]
         elif target_row >= 0:
-            p = np.exp(rest_E[e] + logit_EV[e, target_row] - total_E[e])
-            bound = logit_EV[e, target_row]
+            p = rest_E[e] * general_EV[e, target_row]
+            bound = general_EV[e, target_row]
         else:
             p = 2.0
             bound = np.inf
@@ -106,16 +105,16 @@ def _judge(
         for c in range(slots):
             if key_EC[e, c] != 0 and c != found and mixed[c] >= p:
                 rank += 1
-        highest = -np.inf
+        highest = 0.0
         for v in range(rows):
-            x = logit_EV[e, v]
+            x = general_EV[e, v]
             if candidate[v]:
                 continue
             highest = max(highest, x)
             if x >= bound and v != target_row:
                 rank += 1
         if rows:
-            top = max(top, np.exp(rest_E[e] + highest - total_E[e]))
+            top = max(top, rest_E[e] * highest)
         rank_E[e] = rank if known else 0
         top_E[e] = min(1.0, top)
         for c in range(slots):

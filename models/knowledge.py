@@ -152,6 +152,8 @@ class Knowledge:
         moment_EG[known, CONTEXT_COUNT] = self.crowd_VK[last_E[known], 2]
         moment_EG[:, CONTEXT_COUNT + 1] = followers.covered_E
         moment_EG[known, CONTEXT_COUNT + 2] = self.log_popularity_V[last_E[known]] / 8.0 + 1.0
+        moment_EG[:, CONTEXT_COUNT + 3] = 1.0 + np.log(followers.base_E) / 4.0
+        moment_EG[:, CONTEXT_COUNT + 4] = followers.extra_EM.max(axis=1)
         moments = Moments(
             place_S=torch.from_numpy(place_S),
             owner_S=torch.from_numpy(place_S // slots),
@@ -160,7 +162,8 @@ class Knowledge:
             context_EG=torch.from_numpy(moment_EG),
             copies_E=torch.from_numpy((key_EC != 0).any(axis=1)),
             follower_EM=torch.from_numpy(np.maximum(followers.row_EM, 0).astype(np.int64)),
-            lift_EM=torch.from_numpy(followers.lift_EM),
+            extra_EM=torch.from_numpy(followers.extra_EM),
+            base_E=torch.from_numpy(followers.base_E),
             live_E=torch.ones(len(row_EC)),
             slots=slots,
         )

@@ -27,7 +27,15 @@ from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
 from models.dedupe import first_sightings
 from models.features import F32, I64, U32, U64, EventColumns
 from models.forecaster import Forecaster, initial_weights
-from models.gru import COUNTED_COUNT, NEVER, Moments, Network, Step, View, log_probability
+from models.gru import (
+    COUNTED_COUNT,
+    NEVER,
+    Moments,
+    Network,
+    Step,
+    View,
+    log_probability,
+)
 from models.history import History, Users, digests, previous_events
 from models.inputs import NUMBER_COUNT, Normaliser
 from models.knowledge import Candidates, Knowledge
@@ -509,21 +517,24 @@ class Learner:
         candidates, moments = self._knowledge.moments(history.snapshot(row_E), gap_s_E)
         old = history.learned[row_E]
         new = np.flatnonzero(~old)
-        follower_EM, lift_EM = moments.follower_EM.numpy(), moments.lift_EM.numpy()
+        follower_EM, extra_EM = moments.follower_EM.numpy(), moments.extra_EM.numpy()
+        base_E = moments.base_E.numpy()
         counted_SF = moments.number_SF.numpy()[:, FEATURE_COUNT:]
         last_EL = moments.context_EG.numpy()[:, CONTEXT_COUNT:]
         place_S = moments.place_S.numpy()
         owner_S = moments.owner_S.numpy()
         history.follower[row_E[new]] = follower_EM[new]
-        history.lift[row_E[new]] = lift_EM[new]
+        history.extra[row_E[new]] = extra_EM[new]
+        history.base[row_E[new]] = base_E[new]
         counted_ECF = np.zeros((*candidates.key_EC.shape, COUNTED_COUNT), np.float16)
         counted_ECF.reshape(-1, COUNTED_COUNT)[place_S] = counted_SF
         history.counted[row_E[new]] = counted_ECF[new]
         history.last_counted[row_E[new]] = last_EL[new]
         if old.any():
-            # An event that was shed, or re-read after a restart, has none kept: row 0 with a lift of 0.
+            # An event that was shed, or re-read after a restart, has none kept: row 0 with nothing extra.
             follower_EM[old] = np.maximum(history.follower[row_E[old]], 0)
-            lift_EM[old] = history.lift[row_E[old]]
+            extra_EM[old] = history.extra[row_E[old]]
+            base_E[old] = history.base[row_E[old]]
             kept = old[owner_S]
             counted_SF[kept] = history.counted[row_E].reshape(-1, COUNTED_COUNT)[place_S[kept]]
             last_EL[old] = history.last_counted[row_E[old]]
@@ -554,16 +565,8 @@ class Learner:
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
         elif len(log_popularity_V):
             crowd_VK, at = self._tensor(self._knowledge.crowd_VK), self._tensor(at_E)
-            logit_EV = network.logits(
-                step.state_EH,
-                moments.follower_EM[at],
-                moments.lift_EM[at],
-                moments.live_E[at],
-                log_popularity_V,
-                crowd_VK,
-            )
             row_E = self._tensor(np.maximum(target_row_E, 0))
-            log_general_E = -f.cross_entropy(logit_EV, row_E, reduction="none")
+            log_general_E = network.log_general(step, moments, at, log_popularity_V, crowd_VK, row_E)
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
         return log_probability(step, general_E, self._tensor(slot_E)), known_E
 

@@ -21,23 +21,27 @@ from models.vocabulary import I32
 
 SOURCES = 3  # most recent distinct interests of a user whose followers are looked up
 _SOURCE_WEIGHT = (1.0, 0.3, 0.15)
-_PRIOR = 2.0  # events' worth of popularity in each list
+_PRIOR = 2.0  # events that each list is taken to have beside its own
+_POPULARITY_WEIGHT = 0.2
 _STAY_START = 0.5
 _STAY_RATE = 0.02  # weight of the newest event in the share of stays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Followers:
-    """What `look_up` finds. A lift is log(1 + share among the followers / popularity).
+    """What `look_up` finds: the probability of a row is base * share of all + extra, and its lift is the logarithm of
+    that over base * share of all.
 
     Attributes:
-        row_EM: rows of the followers of all sources, -1 where there are fewer; lift_EM: of them.
+        row_EM: rows of the likeliest followers of all sources, -1 where there are fewer; extra_EM: of them.
+        base_E: what the lists leave to everything else.
         lift_EC: of the candidates; lift_ECS: by each source alone.
         covered_E: share of the followers of the first source that are candidates.
     """
 
     row_EM: I32
-    lift_EM: F32
+    extra_EM: F32
+    base_E: F32
     lift_EC: F32
     lift_ECS: F32
     covered_E: F32
@@ -93,10 +97,12 @@ class Successors:
             popularity_V: counts.
         """
         kernel: Any = _look_up
-        row_EM, lift_EM, lift_EC, lift_ECS, covered_E = kernel(
+        row_EM, extra_EM, base_E, lift_EC, lift_ECS, covered_E = kernel(
             self.follower_VM, self.weight_VM, self.total_V, candidate_EC, popularity_V, float(popularity_V.sum())
         )
-        return Followers(row_EM=row_EM, lift_EM=lift_EM, lift_EC=lift_EC, lift_ECS=lift_ECS, covered_E=covered_E)
+        return Followers(
+            row_EM=row_EM, extra_EM=extra_EM, base_E=base_E, lift_EC=lift_EC, lift_ECS=lift_ECS, covered_E=covered_E
+        )
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -130,12 +136,13 @@ def _count(
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _look_up(
     follower_VM: I32, weight_VM: F32, total_V: F32, candidate_EC: I32, popularity_V: F32, popularity: float
-) -> tuple[I32, F32, F32, F32, F32]:
+) -> tuple[I32, F32, F32, F32, F32, F32]:
     count, slots = candidate_EC.shape
     length = follower_VM.shape[1]
     rows = len(popularity_V)
     row_EM = np.full((count, length), -1, np.int32)
-    lift_EM = np.zeros((count, length), np.float32)
+    extra_EM = np.zeros((count, length), np.float32)
+    base_E = np.ones(count, np.float32)
     lift_EC = np.zeros((count, slots), np.float32)
     lift_ECS = np.zeros((count, slots, SOURCES), np.float32)
     covered_E = np.zeros(count, np.float32)
@@ -151,17 +158,21 @@ def _look_up(
             factor = 1.0 / (total_V[source] + _PRIOR)
             for m in range(length):
                 row = follower_VM[source, m]
-                if row < 0 or row >= rows:
+                if row < 0 or row >= rows or row == candidate_EC[e, 0]:  # that the user stays is not counted here
                     continue
                 if share_V[row] == 0.0:
                     touched[used] = row
                     used += 1
                 share_VS[row, s] += factor * weight_VM[source, m]
                 share_V[row] += _SOURCE_WEIGHT[s] * factor * weight_VM[source, m]
+        total = _POPULARITY_WEIGHT
+        for t in range(used):
+            total += share_V[touched[t]]
+        base_E[e] = _POPULARITY_WEIGHT / total
         for c in range(slots):
             row = candidate_EC[e, c]
             if row >= 0 and share_V[row] > 0.0:
-                rarity = popularity / (0.2 * (popularity_V[row] + 0.5))
+                rarity = popularity / (_POPULARITY_WEIGHT * (popularity_V[row] + 0.5))
                 lift_EC[e, c] = math.log1p(share_V[row] * rarity)
                 for s in range(SOURCES):
                     lift_ECS[e, c, s] = math.log1p(share_VS[row, s] * rarity)
@@ -182,8 +193,8 @@ def _look_up(
             row_EM[e, slot] = row
         for m in range(kept):
             row = row_EM[e, m]
-            lift_EM[e, m] = math.log1p(share_V[row] * popularity / (0.2 * (popularity_V[row] + 0.5)))
+            extra_EM[e, m] = share_V[row] / total
         for t in range(used):
             share_V[touched[t]] = 0.0
             share_VS[touched[t]] = 0.0
-    return row_EM, lift_EM, lift_EC, lift_ECS, covered_E
+    return row_EM, extra_EM, base_E, lift_EC, lift_ECS, covered_E

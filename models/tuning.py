@@ -35,7 +35,7 @@ from models.successors import Successors
 from models.vocabulary import Vocabulary
 
 _HISTORY = ("previous", "digest", "interest", "item", "type", "number", "gap_s", "hidden", "learned", "follower",
-            "lift", "counted", "last_counted")  # fmt: skip
+            "extra", "base", "counted", "last_counted")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,8 @@
 """Which interests the network knows: key <-> row, name, popularity, and who waits for admission.
 
 Beside the way of an event: the learner counts events here, once each; what the counts say travels with the weights.
-An interest enters after a few sightings, so that noise gets no row; it leaves when it is not seen for long. Rows are
-reused: whoever holds numbers by row must clear those that `count` reports as retired.
+An interest enters after `admit_sightings`, and leaves when it is not seen for long. Rows are reused: whoever holds
+numbers by row must clear those that `count` reports as retired.
 
     waiting --admit_sightings--> row --interest_ttl_events without a sighting--> free row --> reused
 """

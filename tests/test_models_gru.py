@@ -44,11 +44,10 @@ def test_copy_and_general_probabilities_sum_to_one() -> None:
     view = net.view(moments)
     step = net.step(net.at_moment(torch.randn(5, HIDDEN), moments), view)
     log_popularity_V, crowd_VK = torch.from_numpy(known.log_popularity_V), torch.from_numpy(known.crowd_VK)
-    logit_EV = net.logits(
-        step.state_EH, moments.follower_EM, moments.lift_EM, moments.live_E, log_popularity_V, crowd_VK
-    )
+    with torch.no_grad():
+        general_EV = net.general(step, moments, log_popularity_V, crowd_VK)
     copy_E = torch.exp(step.log_gate_E) * torch.exp(step.copy_EC).sum(dim=1)
-    general_E = torch.exp(step.log_rest_E) * torch.softmax(logit_EV, dim=1).sum(dim=1)
+    general_E = torch.exp(step.log_rest_E) * general_EV.sum(dim=1)
     assert (copy_E + general_E).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
 
 
@@ -73,10 +72,9 @@ def test_gradients_reach_every_parameter() -> None:
     step = net.step(net.at_moment(hidden_EH, moments), view)
     later = net.step(net.next_state(step, view, 2), view)
     log_popularity_V, crowd_VK = torch.from_numpy(known.log_popularity_V), torch.from_numpy(known.crowd_VK)
-    logit_EV = net.logits(
-        later.state_EH, moments.follower_EM, moments.lift_EM + 1.0, moments.live_E, log_popularity_V, crowd_VK
-    )
-    general_E = torch.log_softmax(logit_EV, dim=1)[:, 3]
+    moments.extra_EM.fill_(0.1)
+    row_E = torch.full((5,), 3)
+    general_E = net.log_general(later, moments, torch.arange(5), log_popularity_V, crowd_VK, row_E)
     loss = -log_probability(later, general_E, torch.tensor([0, 0, 0, 1, -1])).sum()
     loss = loss + net.type_logits(hidden_EH, moments.context_EG).square().sum()
     purchases = Purchases(np.zeros(30, np.float32), np.zeros((2, 2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -125,10 +126,12 @@ def test_followers_are_those_that_came_after() -> None:
     assert successors.follower_VM[1].tolist() == [-1, -1]
     popularity = np.ones(5, np.float32)
     found = successors.look_up(np.array([[0, 1, -1, 4]], np.int32), popularity)
-    lift = dict(zip(found.row_EM[0].tolist(), found.lift_EM[0].tolist(), strict=True))
-    assert lift[1] > lift[3] > 0
-    assert found.lift_EC[0].tolist() == pytest.approx([0.0, lift[1], 0.0, 0.0])
-    assert found.lift_ECS[0, 1].tolist() == pytest.approx([lift[1], 0.0, 0.0])
+    extra = dict(zip(found.row_EM[0].tolist(), found.extra_EM[0].tolist(), strict=True))
+    assert extra[1] > extra[3] > 0
+    assert found.base_E[0] + sum(extra.values()) == pytest.approx(1.0)
+    lift = math.log1p(extra[1] / found.base_E[0] * 5 / 1.5)
+    assert found.lift_EC[0].tolist() == pytest.approx([0.0, lift, 0.0, 0.0])
+    assert found.lift_ECS[0, 1].tolist() == pytest.approx([lift, 0.0, 0.0])
     assert 0 < found.covered_E[0] < 1
     assert successors.stay_V[1] > successors.stay_V[2] > successors.stay_V[0]
     successors.clear(np.array([1], np.int64))

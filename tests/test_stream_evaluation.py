@@ -149,15 +149,15 @@ def test_the_network_is_judged_like_everything_else(monkeypatch: pytest.MonkeyPa
         total: list[dict[int, float]] = [Counter() for _ in range(len(target_EN))]
         parts = forecaster.distributions(hidden_EH, snapshot, gap_s_E, 3)
         for span, n, candidates, step in parts:
-            logit_EV, total_E, copy_EC, gate_E, rest_E = step.arrays()
+            general_EV, copied_EC, rest_E = step.arrays()
             for k, e in enumerate(range(len(target_EN))[span]):
                 p: Counter[int] = Counter()
                 for v, key in enumerate(forecaster.keys_V.tolist()):
                     if key:
-                        p[key] += float(np.exp(rest_E[k] + logit_EV[k, v] - total_E[k]))
+                        p[key] += float(rest_E[k] * general_EV[k, v])
                 for c, key in enumerate(candidates.key_EC[k].tolist()):
                     if key:
-                        p[key] += float(np.exp(gate_E[k] + copy_EC[k, c]))
+                        p[key] += float(copied_EC[k, c])
                 total[e].update(p)
                 if not there_EN[e, n]:
                     assert judged.rank_EN[e, n] == -1 and np.isnan(judged.top_EN[e, n])
