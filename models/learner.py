@@ -430,7 +430,7 @@ class Learner:
         count, half = len(key_EC), _OTHER_PAIRS // 2
         place_EJ = self._random.integers(0, moments.follower_EM.shape[1], (count, half))
         row_EJ = np.take_along_axis(moments.follower_EM.numpy(), place_EJ, axis=1)
-        follows_EJ = np.take_along_axis(moments.lift_EM.numpy(), place_EJ, axis=1) > 0
+        follows_EJ = np.take_along_axis(moments.extra_EM.numpy(), place_EJ, axis=1) > 0
         follower_EJ = np.where(follows_EJ, keys_V[row_EJ], 0) if len(keys_V) else np.zeros((count, half), np.uint32)
         drawn = self._random.integers(history.first, history.end, (count, half)) % history.capacity
         key_EJ = np.concatenate([follower_EJ, history.interest[drawn]], axis=1).astype(np.uint32)
