@@ -597,10 +597,11 @@ class Learner:
             self._optimiser.grow(len(self._vocabulary), self._random)
         self._successors.grow(len(self._vocabulary))
         self._purchases.grow(len(self._vocabulary))
-        last_B = history.snapshot(row_B).ring_interest_ER[:, 0]
-        self._successors.count(
-            self._vocabulary.find(last_B), self._vocabulary.find(interest_B), self._learning.successor_decay
-        )
+        ring_BR = history.snapshot(row_B).ring_interest_ER
+        other_B = (ring_BR != ring_BR[:, :1]).argmax(axis=1)  # the newest but the last one; 0 where there is none
+        before_B = np.where(other_B > 0, ring_BR[np.arange(len(ring_BR)), other_B], 0)
+        source_B2 = self._vocabulary.find(np.stack([ring_BR[:, 0], before_B], axis=1).reshape(-1)).reshape(-1, 2)
+        self._successors.count(source_B2, self._vocabulary.find(interest_B), self._learning.successor_decay)
         self._purchases.count(
             self._vocabulary.find(interest_B), history.type[row_B], self._learning.popularity_half_life_events
         )

@@ -93,7 +93,10 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     warmup_steps: Annotated[int, Meta(description="steps over which the rates rise to their values", ge=0)] = 50
     admit_sightings: Annotated[
         int, Meta(description="sightings after which an interest enters the vocabulary", ge=1, le=1_000)
-    ] = 1
+    ] = 2
+    admit_at_once: Annotated[
+        int, Meta(description="rows of the vocabulary up to which one sighting is enough", ge=0, le=2**24)
+    ] = 5_000
     interests_max: Annotated[int, Meta(description="interests in the vocabulary, at most", ge=16, le=2**24)] = 200_000
     interest_ttl_events: Annotated[
         int, Meta(description="an interest not seen for this many events leaves the vocabulary", ge=1_000)

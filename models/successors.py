@@ -1,10 +1,11 @@
-"""What tends to follow what: for each interest a short list of the interests that came after it, with decayed counts.
+"""What tends to go with what: for each interest a short list of the interests that came after it, with decayed counts.
 
 On the way of an event: read beside the network when interests are ranked, as a prior of the output layer and of the
 candidates; the learner counts. A network needs many events to learn a transition, a count needs one.
 
-    row a of the vocabulary -> up to M (row b, weight): the user went from a to b. A new follower takes the place of the
-    lightest. Every count of `a` makes the older ones of its list lighter. Beside the list: how often users stay.
+    row a of the vocabulary -> up to M (row b, weight): the user went from a to b, also with one other between, or from b
+    to a. A new follower takes the place of the lightest. Every move from `a` makes the older ones of its list lighter.
+    Beside the list: how often users stay.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from models.vocabulary import I32
 
 SOURCES = 3  # most recent distinct interests of a user whose followers are looked up
 _SOURCE_WEIGHT = (1.0, 0.3, 0.15)
+_BETWEEN = 0.5  # weight of a move with one other interest between
+_BACK = 0.8  # of its way back
 _PRIOR = 2.0  # events that each list is taken to have beside its own
-_POPULARITY_WEIGHT = 0.2
+_POPULARITY_WEIGHT = 0.4  # of what is popular, where a source weighs 1
 _STAY_START = 0.5
 _STAY_RATE = 0.02  # weight of the newest event in the share of stays
 
@@ -84,10 +87,15 @@ class Successors:
         self.total_V[rows] = 0.0
         self.stay_V[rows] = _STAY_START
 
-    def count(self, source_B: I32, follower_B: I32, decay: float) -> None:
-        """Count moves and stays in order; where either row is -1 there is nothing to count."""
+    def count(self, source_B2: I32, follower_B: I32, decay: float) -> None:
+        """Count moves and stays in order.
+
+        Args:
+            source_B2: rows of the user's last interest and of the one before that; where the last one is -1, or the
+                follower, there is nothing to count.
+        """
         kernel: Any = _count
-        kernel(self.follower_VM, self.weight_VM, self.total_V, self.stay_V, source_B, follower_B, decay)
+        kernel(self.follower_VM, self.weight_VM, self.total_V, self.stay_V, source_B2, follower_B, decay)
 
     def look_up(self, candidate_EC: I32, popularity_V: F32) -> Followers:
         """Followers of each user's most recent interests.
@@ -107,30 +115,39 @@ class Successors:
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _count(
-    follower_VM: I32, weight_VM: F32, total_V: F32, stay_V: F32, source_B: I32, follower_B: I32, decay: float
+    follower_VM: I32, weight_VM: F32, total_V: F32, stay_V: F32, source_B2: I32, follower_B: I32, decay: float
 ) -> None:  # fmt: skip
-    length = follower_VM.shape[1]
-    for b in range(len(source_B)):
-        source, follower = source_B[b], follower_B[b]
+    for b in range(len(source_B2)):
+        source, before, follower = source_B2[b, 0], source_B2[b, 1], follower_B[b]
         if source < 0 or follower < 0:
             continue
         stay_V[source] += _STAY_RATE * ((1.0 if source == follower else 0.0) - stay_V[source])
         if source == follower:
             continue
-        slot = 0
-        for m in range(length):
+        for m in range(follower_VM.shape[1]):
             weight_VM[source, m] *= decay
-        for m in range(length):
-            if follower_VM[source, m] == follower:
-                slot = m
-                break
-            if weight_VM[source, m] < weight_VM[source, slot]:
-                slot = m
-        if follower_VM[source, slot] != follower:
-            follower_VM[source, slot] = follower
-            weight_VM[source, slot] = 0.0
-        weight_VM[source, slot] += 1.0
-        total_V[source] = total_V[source] * decay + 1.0
+        total_V[source] *= decay
+        _add(follower_VM, weight_VM, total_V, source, follower, 1.0)
+        _add(follower_VM, weight_VM, total_V, follower, source, _BACK)
+        if before >= 0 and before != follower:
+            _add(follower_VM, weight_VM, total_V, before, follower, _BETWEEN)
+            _add(follower_VM, weight_VM, total_V, follower, before, _BETWEEN * _BACK)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _add(follower_VM: I32, weight_VM: F32, total_V: F32, source: int, follower: int, weight: float) -> None:
+    slot = 0
+    for m in range(follower_VM.shape[1]):
+        if follower_VM[source, m] == follower:
+            slot = m
+            break
+        if weight_VM[source, m] < weight_VM[source, slot]:
+            slot = m
+    if follower_VM[source, slot] != follower:
+        follower_VM[source, slot] = follower
+        weight_VM[source, slot] = 0.0
+    weight_VM[source, slot] += weight
+    total_V[source] += weight
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

@@ -1,10 +1,11 @@
 """Which interests the network knows: key <-> row, name, popularity, and who waits for admission.
 
 Beside the way of an event: the learner counts events here, once each; what the counts say travels with the weights.
-An interest enters after `admit_sightings`, and leaves when it is not seen for long. Rows are reused: whoever holds
-numbers by row must clear those that `count` reports as retired.
+An interest enters at once while there are few, and after some sightings later, so that noise does not fill the table;
+it leaves when it is not seen for long. Rows are reused: whoever holds numbers by row must clear those that `count`
+reports as retired.
 
-    waiting --admit_sightings--> row --interest_ttl_events without a sighting--> free row --> reused
+    waiting --admit_sightings, or admit_at_once--> row --interest_ttl_events without a sighting--> free row --> reused
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Vocabulary:
     """Rows 0..len-1; a free row has key 0. Deterministic: the same events give the same rows.
 
     Example:
-        >>> vocabulary = Vocabulary(LearningSettings(admit_sightings=2))
+        >>> vocabulary = Vocabulary(LearningSettings(admit_sightings=2, admit_at_once=0))
         >>> vocabulary.count(np.array([5, 9, 5], np.uint32)).admitted.tolist()
         [0]
         >>> vocabulary.find(np.array([5, 9], np.uint32)).tolist()
@@ -171,7 +172,8 @@ class Vocabulary:
         if key in fresh:
             return fresh[key]
         sightings = self._waiting.pop(key, 0) + 1
-        if sightings >= self._settings.admit_sightings and (self._free or len(self) < self._settings.interests_max):
+        needed = 1 if len(self) < self._settings.admit_at_once else self._settings.admit_sightings
+        if sightings >= needed and (self._free or len(self) < self._settings.interests_max):
             row = fresh[key] = self._admit(key)
             return row
         self._waiting[key] = sightings

@@ -19,7 +19,7 @@ def keys(*values: int) -> Any:
 
 def test_an_interest_enters_at_its_second_sighting() -> None:
     """One sighting gives no row; the second one does, and counts; a key has one row for ever."""
-    vocabulary = Vocabulary(LearningSettings(admit_sightings=2))
+    vocabulary = Vocabulary(LearningSettings(admit_sightings=2, admit_at_once=0))
     assert vocabulary.count(keys(5, 9)).admitted.tolist() == []
     assert vocabulary.count(keys(9, 9, 5)).admitted.tolist() == [0, 1]
     assert vocabulary.find(keys(9, 5, 7, 0)).tolist() == [0, 1, -1, -1]
@@ -77,9 +77,9 @@ def test_a_full_vocabulary_gives_up_the_longest_unseen() -> None:
 
 def test_those_that_wait_are_bounded() -> None:
     """A flood of interests that are seen once does not fill the memory."""
-    vocabulary = Vocabulary(LearningSettings())
+    vocabulary = Vocabulary(LearningSettings(admit_at_once=100))
     vocabulary.count(np.arange(1, WAITING_MAX + 5_000, dtype=np.uint32))
-    assert len(vocabulary) == 0
+    assert len(vocabulary) == 100
     assert len(vocabulary._waiting) == WAITING_MAX
 
 
@@ -120,10 +120,12 @@ def test_followers_are_those_that_came_after() -> None:
     """Moves are counted, repeats are not; the lightest gives way; cleared rows leave every list."""
     successors = Successors.empty(2)
     successors.grow(5)
-    moves = [(0, 1), (0, 1), (0, 2), (0, 3), (1, 1), (-1, 2), (2, 0)]
-    successors.count(np.array([m[0] for m in moves], np.int32), np.array([m[1] for m in moves], np.int32), 0.99)
+    moves = [(0, 1), (0, 1), (0, 2), (0, 3), (1, 1), (-1, 2), (2, 4)]
+    sources = np.array([[m[0], -1] for m in moves], np.int32)
+    successors.count(sources, np.array([m[1] for m in moves], np.int32), 0.99)
     assert sorted(successors.follower_VM[0].tolist()) == [1, 3]
-    assert successors.follower_VM[1].tolist() == [-1, -1]
+    assert successors.follower_VM[1].tolist() == [0, -1]  # the other way round, and lighter
+    assert successors.weight_VM[1, 0] < successors.weight_VM[0].max()
     popularity = np.ones(5, np.float32)
     found = successors.look_up(np.array([[0, 1, -1, 4]], np.int32), popularity)
     extra = dict(zip(found.row_EM[0].tolist(), found.extra_EM[0].tolist(), strict=True))
