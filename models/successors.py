@@ -3,9 +3,9 @@
 On the way of an event: read beside the network when interests are ranked, as a prior of the output layer and of the
 candidates; the learner counts. A network needs many events to learn a transition, a count needs one.
 
-    row a of the vocabulary -> up to M (row b, weight): the user went from a to b, also with one other between, or from b
-    to a. A new follower takes the place of the lightest. Every move from `a` makes the older ones of its list lighter.
-    Beside the list: how often users stay.
+    row a of the vocabulary -> up to M (row b, weight): the user went from a to b, also with one other between, or back
+    from b to a. A new follower takes the place of the lightest. Every move from `a` makes the older ones of its list
+    lighter. Beside the list: how often users stay.
 """
 
 from __future__ import annotations
