@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_a_step_needs_its_events_and_every_event_is_learned_once() -> None:
 
 def test_a_stream_that_begins_with_nothing_but_new_interests(device: str) -> None:
     """No interest has entered the vocabulary when the first events are replayed: learning goes on."""
-    learner = fresh(device=device)
+    learner = fresh(msgspec.structs.replace(LEARNING, admit_at_once=0), device=device)
     feed(learner, made([n % 7 for n in range(128)], list(range(1, 129))), slice(0, 128))
     report = learner.learn(10)
     assert (report.events, len(learner._vocabulary)) == (128, 0)
