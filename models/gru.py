@@ -74,6 +74,23 @@ class Moments:
     live_E: Tensor
     slots: int
 
+    def lift(self, log_popularity_V: Tensor) -> Tensor:
+        """How much likelier each follower is than what all else leaves it: a logarithm, (E, M)."""
+        if not len(log_popularity_V):
+            return torch.zeros_like(self.extra_EM)
+        usual_EM = torch.exp(log_popularity_V)[self.follower_EM] * self.base_E.unsqueeze(1)
+        return torch.log1p(self.extra_EM / usual_EM)
+
+    def log_counted(self, at_E: Tensor, row_E: Tensor, log_popularity_V: Tensor) -> Tensor:
+        """log p of one interest by what is counted alone.
+
+        Args:
+            at_E: the moments that are asked for, one for each interest.
+            row_E: rows of the interests in the vocabulary, which is not empty.
+        """
+        extra_EM = self.extra_EM[at_E] * (self.follower_EM[at_E] == row_E.unsqueeze(1))
+        return torch.log(extra_EM.sum(dim=1) + self.base_E[at_E] * torch.exp(log_popularity_V[row_E]))
+
     def to(self, device: torch.device) -> Moments:
         """The same on a device."""
         moved = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "slots"}
@@ -261,55 +278,33 @@ class Network(nn.Module):
         )
 
     def logits(
-        self, state_EH: Tensor, moments: Moments, at_E: Tensor, log_popularity_V: Tensor, crowd_VK: Tensor
+        self,
+        state_EH: Tensor,
+        follower_EM: Tensor,
+        lift_EM: Tensor,
+        live_E: Tensor,
+        log_popularity_V: Tensor,
+        crowd_VK: Tensor,
     ) -> Tensor:
-        """Scores of every interest of the vocabulary, (E, V).
-
-        Args:
-            at_E: the moment of each state.
-        """
+        """Scores of every interest of the vocabulary by the output layer, (E, V)."""
         first, last = self.settings.hashed_rows, self.settings.hashed_rows + len(log_popularity_V)
         offset_V = self.bias[first:last] + self.popularity * log_popularity_V
         logit_EV = torch.addmm(offset_V, self.query(state_EH), self.interest[first:last].T)
-        live_E = moments.live_E[at_E].unsqueeze(-1)
-        logit_EV.addmm_(self.crowd(state_EH) * live_E, crowd_VK.T)  # in place: no copy of (E, V)
+        logit_EV.addmm_(self.crowd(state_EH) * live_E.unsqueeze(-1), crowd_VK.T)  # in place: no copy of (E, V)
         if not len(log_popularity_V):
             return logit_EV
-        follower_EM = moments.follower_EM[at_E]
-        usual_EM = torch.exp(log_popularity_V)[follower_EM] * moments.base_E[at_E].unsqueeze(1)
-        return logit_EV.scatter_add_(1, follower_EM, self.lift * torch.log1p(moments.extra_EM[at_E] / usual_EM))
+        return logit_EV.scatter_add_(1, follower_EM, self.lift * lift_EM)
 
     def general(self, step: Step, moments: Moments, log_popularity_V: Tensor, crowd_VK: Tensor) -> Tensor:
         """Probabilities of every interest of the vocabulary, but for the copy head, (E, V); without gradients."""
-        at_E = torch.arange(len(step.state_EH), device=step.state_EH.device)
-        logit_EV = self.logits(step.state_EH, moments, at_E, log_popularity_V, crowd_VK)
+        follower_EM, lift_EM = moments.follower_EM, moments.lift(log_popularity_V)
+        logit_EV = self.logits(step.state_EH, follower_EM, lift_EM, moments.live_E, log_popularity_V, crowd_VK)
         if not len(log_popularity_V):
             return logit_EV
         p_EV = torch.softmax(logit_EV, dim=-1).mul_(torch.exp(step.log_trained_E).unsqueeze(1))
         counted_E = torch.exp(step.log_counted_E)
         p_EV.addcmul_((counted_E * moments.base_E).unsqueeze(1), torch.exp(log_popularity_V).unsqueeze(0))
-        return p_EV.scatter_add_(1, moments.follower_EM, counted_E.unsqueeze(1) * moments.extra_EM)
-
-    def log_general(
-        self,
-        step: Step,
-        moments: Moments,
-        at_E: Tensor,
-        log_popularity_V: Tensor,
-        crowd_VK: Tensor,
-        row_E: Tensor,
-    ) -> Tensor:
-        """Logarithm of what `general` gives one interest for each distribution.
-
-        Args:
-            at_E: the moment of each distribution of `step`.
-            row_E: rows of the interests in the vocabulary, which is not empty.
-        """
-        logit_EV = self.logits(step.state_EH, moments, at_E, log_popularity_V, crowd_VK)
-        trained_E = -f.cross_entropy(logit_EV, row_E, reduction="none")
-        extra_EM = moments.extra_EM[at_E] * (moments.follower_EM[at_E] == row_E.unsqueeze(1))
-        counted_E = torch.log(extra_EM.sum(dim=1) + moments.base_E[at_E] * torch.exp(log_popularity_V[row_E]))
-        return torch.logaddexp(step.log_trained_E + trained_E, step.log_counted_E + counted_E)
+        return p_EV.scatter_add_(1, follower_EM, counted_E.unsqueeze(1) * moments.extra_EM)
 
     def type_logits(self, state_EH: Tensor, context_EG: Tensor) -> Tensor:
         logit_ET: Tensor = self.next_type(torch.cat([state_EH, context_EG], dim=-1))
@@ -343,11 +338,16 @@ class Network(nn.Module):
         return state_EH
 
 
+def log_general(step: Step, trained_E: Tensor, counted_E: Tensor) -> Tensor:
+    """log p of one interest for each moment, but for the copy head, from those of the two parts."""
+    return torch.logaddexp(step.log_trained_E + trained_E, step.log_counted_E + counted_E)
+
+
 def log_probability(step: Step, general_E: Tensor, slot_E: Tensor) -> Tensor:
     """log p of one interest for each moment.
 
     Args:
-        general_E: its logarithm from `Network.log_general`, NEVER where it is not in the vocabulary.
+        general_E: its log probability but for the copy head (`log_general`), NEVER where it is not in the vocabulary.
         slot_E: its slot among the candidates, -1 where it is none.
     """
     copy_E = step.copy_EC.gather(1, slot_E.clamp(min=0).unsqueeze(1)).squeeze(1)

@@ -34,6 +34,7 @@ from models.gru import (
     Network,
     Step,
     View,
+    log_general,
     log_probability,
 )
 from models.history import History, Users, digests, previous_events
@@ -566,7 +567,16 @@ class Learner:
         elif len(log_popularity_V):
             crowd_VK, at = self._tensor(self._knowledge.crowd_VK), self._tensor(at_E)
             row_E = self._tensor(np.maximum(target_row_E, 0))
-            log_general_E = network.log_general(step, moments, at, log_popularity_V, crowd_VK, row_E)
+            logit_EV = network.logits(
+                step.state_EH,
+                moments.follower_EM[at],
+                moments.lift(log_popularity_V)[at],
+                moments.live_E[at],
+                log_popularity_V,
+                crowd_VK,
+            )
+            trained_E = -f.cross_entropy(logit_EV, row_E, reduction="none")
+            log_general_E = log_general(step, trained_E, moments.log_counted(at, row_E, log_popularity_V))
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
         return log_probability(step, general_E, self._tensor(slot_E)), known_E
 

@@ -128,11 +128,11 @@ def pairs_of(
     number_PF[own_P, :CANDIDATE_NUMBERS] = moments.number_SF.numpy()[slots[own_P]]
     other_P = ~own_P
     follows_PM = moments.follower_EM.numpy()[owner_P] == row_P[:, None]
-    extra_P = np.where(follows_PM, moments.extra_EM.numpy()[owner_P], 0.0).max(axis=1, initial=0.0)
+    lift_EM = moments.lift(torch.from_numpy(knowledge.log_popularity_V)).numpy()
+    lift_PM = np.where(follows_PM & known_P[:, None], lift_EM[owner_P], 0.0)
+    number_PF[other_P, FEATURE_COUNT] = lift_PM.max(axis=1, initial=0.0)[other_P] / 4.0
     number_PF[other_P, FEATURE_COUNT + 1] = -3.0
     new = other_P & known_P
-    usual_P = np.exp(knowledge.log_popularity_V[row_P[new]]) * moments.base_E.numpy()[owner_P[new]]
-    number_PF[new, FEATURE_COUNT] = np.log1p(extra_P[new] / usual_P) / 4.0
     number_PF[new, FEATURE_COUNT + 1] = knowledge.log_popularity_V[row_P[new]] / 8.0 + 1.0
     number_PF[new, CANDIDATE_NUMBERS - CROWD_COUNT : CANDIDATE_NUMBERS] = knowledge.crowd_VK[row_P[new]]
     number_PF[other_P, CANDIDATE_NUMBERS] = 1.0

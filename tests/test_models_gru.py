@@ -8,7 +8,7 @@ import torch
 from made_events import made, walked
 
 from models.forecaster import initial_weights
-from models.gru import MOMENT_NUMBERS, NEVER, Network, log_probability
+from models.gru import MOMENT_NUMBERS, NEVER, Network, log_general, log_probability
 from models.inputs import NUMBER_COUNT, Normaliser, event_numbers
 from models.knowledge import Knowledge
 from models.profile import HIDDEN
@@ -73,8 +73,11 @@ def test_gradients_reach_every_parameter() -> None:
     later = net.step(net.next_state(step, view, 2), view)
     log_popularity_V, crowd_VK = torch.from_numpy(known.log_popularity_V), torch.from_numpy(known.crowd_VK)
     moments.extra_EM.fill_(0.1)
-    row_E = torch.full((5,), 3)
-    general_E = net.log_general(later, moments, torch.arange(5), log_popularity_V, crowd_VK, row_E)
+    logit_EV = net.logits(
+        later.state_EH, moments.follower_EM, moments.lift(log_popularity_V), moments.live_E, log_popularity_V, crowd_VK
+    )
+    counted_E = moments.log_counted(torch.arange(5), torch.full((5,), 3), log_popularity_V)
+    general_E = log_general(later, torch.log_softmax(logit_EV, dim=1)[:, 3], counted_E)
     loss = -log_probability(later, general_E, torch.tensor([0, 0, 0, 1, -1])).sum()
     loss = loss + net.type_logits(hidden_EH, moments.context_EG).square().sum()
     purchases = Purchases(np.zeros(30, np.float32), np.zeros((2, 2)))
