@@ -556,26 +556,21 @@ class Learner:
         target_row_E = self._vocabulary.find(target_E).astype(np.int64)
         known_E = (target_row_E >= 0) | (slot_E >= 0)
         general_E = torch.full_like(step.log_gate_E, NEVER)
-        if self._is_sampled():
-            crowd_VK, at = self._tensor(self._knowledge.crowd_VK), self._tensor(at_E)
-            drawn = Draw.of(self._knowledge.popularity_V, self._learning.softmax_draws, self._random)
-            log_general_E = log_softmax_of(
-                network, step.state_EH, moments.follower_EM[at], moments.lift_EM[at], moments.live_E[at],
-                log_popularity_V, crowd_VK, self._tensor(np.maximum(target_row_E, 0)), drawn,
-            )  # fmt: skip
-            general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
-        elif len(log_popularity_V):
-            crowd_VK, at = self._tensor(self._knowledge.crowd_VK), self._tensor(at_E)
-            row_E = self._tensor(np.maximum(target_row_E, 0))
-            logit_EV = network.logits(
+        if len(log_popularity_V):
+            row_E, at = self._tensor(np.maximum(target_row_E, 0)), self._tensor(at_E)
+            asked = (
                 step.state_EH,
                 moments.follower_EM[at],
                 moments.lift(log_popularity_V)[at],
                 moments.live_E[at],
                 log_popularity_V,
-                crowd_VK,
+                self._tensor(self._knowledge.crowd_VK),
             )
-            trained_E = -f.cross_entropy(logit_EV, row_E, reduction="none")
+            if self._is_sampled():
+                drawn = Draw.of(self._knowledge.popularity_V, self._learning.softmax_draws, self._random)
+                trained_E = log_softmax_of(network, *asked, row_E, drawn)
+            else:
+                trained_E = -f.cross_entropy(network.logits(*asked), row_E, reduction="none")
             log_general_E = log_general(step, trained_E, moments.log_counted(at, row_E, log_popularity_V))
             general_E = torch.where(self._tensor(target_row_E >= 0), log_general_E, general_E)
         return log_probability(step, general_E, self._tensor(slot_E)), known_E
