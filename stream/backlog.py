@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from itertools import islice
 
 log = logging.getLogger(__name__)
 
-WINDOW_S = 15.0  # over which pace and growth are measured
+WINDOW_S = 15.0  # over which pace and growth are measured, at most
+RECENT_S = 5.0  # at least; so short where it holds STEPS batches: what was before says little about the time left
+STEPS = 4
 LOOK_S = 1.0
 TELL_S = 10.0
 BEHIND_S = 5.0  # behind: more than so many seconds of the reader's own pace
@@ -47,7 +50,7 @@ class Backlog:
         if self._seen and now_s < self._seen[-1][0] + LOOK_S:
             return
         self._seen.append((now_s, lag, read))
-        while self._seen[0][0] < now_s - WINDOW_S:
+        while self._seen[0][0] < now_s - WINDOW_S or self._tells_enough_without_the_oldest():
             self._seen.popleft()
         then_s, then_lag, then_read = self._seen[0]
         if now_s == then_s:
@@ -70,3 +73,9 @@ class Backlog:
                 log.warning("event=catching_up lag=%d pace=%.0f eta_s=%.0f", lag, pace, self.eta_s)
             else:
                 log.warning("event=falling_behind lag=%d pace=%.0f growth=%.0f", lag, pace, growth)
+
+    def _tells_enough_without_the_oldest(self) -> bool:
+        now_s = self._seen[-1][0]
+        if len(self._seen) < 2 or self._seen[1][0] > now_s - RECENT_S:
+            return False
+        return len({read for _, _, read in islice(self._seen, 1, None)}) > STEPS

@@ -35,6 +35,29 @@ def test_a_reader_falls_behind_and_comes_back(caplog: pytest.LogCaptureFixture) 
     assert etas[90] == math.inf and etas[150] == pytest.approx(50, abs=2) and etas[-1] == 0.0
 
 
+@pytest.mark.parametrize(("before", "after"), [(200, 2_400), (200, 900), (2_400, 1_000)])
+def test_the_time_left_follows_a_change_of_pace(before: int, after: int) -> None:
+    """Six seconds after the pace has changed nothing of the one before is in it: 600 a second come in all the while."""
+    backlog, lag, read = Backlog(), 100_000.0, 0.0
+    for second in range(40):
+        lag, read = lag + 600 - before, read + before
+        backlog.look(float(second), int(lag), int(read))
+    for second in range(40, 47):
+        lag, read = lag + 600 - after, read + after
+        backlog.look(float(second), int(lag), int(read))
+    assert backlog.eta_s == pytest.approx(lag / (after - 600), rel=0.02)
+
+
+def test_slow_batches_are_no_change_of_pace() -> None:
+    """A batch of ten seconds, then the next one: the lag grows all the while, and never looks like shrinking."""
+    backlog, etas = Backlog(), []
+    for second in range(200):
+        read = second // 10 * 2_000
+        backlog.look(float(second), lag=600 * second - read, read=read)
+        etas.append(backlog.eta_s)
+    assert set(etas[40:]) == {math.inf}
+
+
 def test_a_reader_that_keeps_up_is_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     """Up to a few seconds of its own pace is no lag."""
     caplog.set_level(logging.INFO, "stream.backlog")
