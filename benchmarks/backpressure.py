@@ -44,7 +44,7 @@ from stream.process import log_to, stop_on_signals, use_threads  # noqa: E402
 from stream.transport import Record, TopicPartition, Transport  # noqa: E402
 from stream.workload import workload  # noqa: E402
 
-READY_S = 120.0
+READY_S = 300.0
 CATCH_UP_S_MAX = 1_200.0
 LEARNER = ("learner.cpu_share=0.1", "learning.backlog_events=4096", "learner.steps_per_turn_max=4")
 

@@ -83,7 +83,7 @@ class Cleaner:
         head = self._heads.setdefault(step.partition, _Head())
         # The batch itself lies in the log as well by the time that the head is deleted.
         log_bytes = state.log_bytes - head.owed + step.records.nbytes
-        written = np.sort(step.records["key"])  # what the step writes anyway
+        written: npt.NDArray[np.uint64] | None = None  # what the step writes anyway
         rewritten = []
         for cleaned in range(BLOCKS_PER_BATCH_MAX):
             too_long = log_bytes > max(self._log_bytes_min, self._factor * live_bytes)
@@ -102,6 +102,8 @@ class Cleaner:
                 head.ahead.appendleft(found)
                 state.rewrite_below = 0  # the oldest block is newer than the erasure
                 break
+            if written is None:
+                written = np.sort(step.records["key"])
             rewritten.append(self._rewrite(state, step, block, written))
             head.before = offset + 1
             head.freed += size
@@ -165,7 +167,10 @@ class Cleaner:
                 step.groups_after = self._engine.groups_with(state.groups, step.group_delta)
                 step.group_delta = b""
         elif block.kind is Kind.EVIDENCE and block.records is not None:
-            step.evidence = np.concatenate([step.evidence, state.suspects.alive(block.records)])
+            alive = state.suspects.alive(block.records)
+            if step.gone is not None:  # forgotten by this very step
+                alive = alive[~np.isin(alive["key"], step.gone)]
+            step.evidence = np.concatenate([step.evidence, alive])
         elif block.kind is Kind.USERS and block.records is not None:
             keys = block.records["key"].astype(np.uint64)
             keys = keys[state.arena.block_of(keys) == block.number]

@@ -517,7 +517,8 @@ def moves(bench: Bench, count: int = 12) -> Row:
             with site.version_of_its_own():
                 kind = ("killed", "zombie", "left", "killed restoring")[n % 4]
                 point = rng.choice(["step 2", "send", "step 5", "step 6", "committing", "step 7", "rewrite", "delete"])
-                living = move(site, kind, point if kind == "killed" else "step 6", living, str(1 + n), rng)
+                slot = "1" if living.slot == "0" else "0"  # a slot comes back, as a supervisor would have it
+                living = move(site, kind, point if kind == "killed" else "step 6", living, slot, rng)
             row.faults += 1
             row.bit[f"{kind} at {point}" if kind == "killed" else kind] += 1
         verdict = site.ended()
@@ -525,6 +526,7 @@ def moves(bench: Bench, count: int = 12) -> Row:
         row.bit.update({f"told: {name}": number for name, number in site.outputs.items()})
         row.bit["versions of weights"] = site.version
         row.bit["records cleaned away"] = site.cleaned()
+        row.bit["users forgotten"] = site.forgotten()
         row.add(Ended(verdict=verdict, problems=verdict.problems, inputs=verdict.inputs))
         assert site.moves() >= count, "users did not move"
     return row

@@ -9,6 +9,7 @@ in their topics can be compared, however batches were cut and whoever handled th
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from models.learner import Learner
+from models.profile import USER
 from stream import weights
 from stream.assembly import OUTPUTS, make_decoder, make_pipeline, make_worker, names_of, topic_specs
 from stream.checkpoint import TopicNames
@@ -36,7 +38,8 @@ from stream.kafka import KafkaLog
 from stream.loading import load
 from stream.partition import partition_of
 from stream.restore import restore
-from stream.simulate import ShopSettings, simulate
+from stream.rows import StreamRecord
+from stream.simulate import START_MS, ShopSettings, simulate
 from stream.testing import Verdict, read_all
 from stream.transport import LogReader, LogRecord, TopicPartition
 
@@ -47,6 +50,10 @@ PATIENCE_S = 120.0
 HIDDEN_ERROR = 1e-5  # float32 sums may differ in the last digits between batch sizes
 SHARE_ERROR = 2e-5  # of probabilities, which are told with five digits
 LEARN_STEPS = 30
+USERS = 20
+USERS_MAX = 5  # of a partition: the longest silent ones are forgotten
+SHOP_EVENTS, SHOP_WEEKS = 800, 8  # then all users shift: alerts come early
+WEEK_MS = 7 * 86_400_000
 RUNNING = "event=partition_running"
 READ_WAIT_S = 0.5  # a read that brings nothing for so long is at the end
 
@@ -94,14 +101,15 @@ class Process:
 class PipelineSite:
     """One input, worker processes on it, and the undisturbed worker."""
 
-    def __init__(self, bootstrap: str, folder: Path, *, seed: int, users: int = 40, events: int = 60_000) -> None:
+    def __init__(self, bootstrap: str, folder: Path, *, seed: int) -> None:
         prefix = f"p{uuid.uuid4().hex[:8]}-"
         self._sets = [
             'transport="kafka"', f'kafka.bootstrap_servers="{bootstrap}"', "kafka.heartbeat_interval_ms=200",
             f"kafka.session_timeout_ms={1_000 * SESSION_S:.0f}", f"worker.transaction_timeout_s={TRANSACTION_S}",
             f'topics.events=["{prefix}events"]', f"topics.partitions={PARTITIONS}", "topics.retention_h=-1",
             "worker.epoch_events=512", "worker.quality_share=0.5",
-            "worker.poll_timeout_s=0.05", "shift.false_alarm_events=500", "learner.device=cpu",
+            "worker.poll_timeout_s=0.05", "shift.false_alarm_events=300", "learner.device=cpu",
+            f"state.bytes_max={USERS_MAX * USER.itemsize}",
         ]  # fmt: skip
         self._folder = folder
         self._sides = {
@@ -114,8 +122,7 @@ class PipelineSite:
         admin = self._log.admin()
         admin.create([*topic_specs(self.moved), *topic_specs(self.quiet)])
         admin.close()
-        shop = ShopSettings(users=users, events=events, seed=seed, shift_share=0.4)
-        self._events = simulate(shop).records()
+        self._events = shops(seed)
         self._decoder = make_decoder(self.moved)
         self._learner = Learner(self.moved.network, self.moved.learning, seed=seed, device="cpu")
         self._publisher = self._log.producer(transactional_id=f"{prefix}publisher")
@@ -134,7 +141,6 @@ class PipelineSite:
     def fill(self, count: int) -> None:
         """The next records of the shop."""
         records = list(islice(self._events, count))
-        assert len(records) == count, "the shop is too small"
         topic = self.names.events[0]
         for p in range(PARTITIONS):
             mine = [r for r in records if (partition_of(r[0], PARTITIONS) if r[0] else 0) == p]
@@ -207,7 +213,7 @@ class PipelineSite:
             self.fill(30)
             self.drain()
         yield
-        self.fill(100)
+        self.fill(500)
         self.drain()
         self._undisturbed._parts.weights.swap(at_least=self.version)
         until_s = time.monotonic() + PATIENCE_S
@@ -232,6 +238,10 @@ class PipelineSite:
     def moves(self) -> int:
         """How often a partition came to a worker that did not have it."""
         return sum(p.said(RUNNING) for p in self.processes) - PARTITIONS
+
+    def forgotten(self) -> int:
+        """Users whose records had to go because a partition holds too many."""
+        return sum(m["evicted"] for m in self.committed.metrics)
 
     def cleaned(self) -> int:
         """Records of the state topic that have been deleted from its head."""
@@ -308,6 +318,20 @@ class PipelineSite:
         for reader in self._readers:
             reader.close()
         self._log.close()
+
+
+def shops(seed: int) -> Iterator[StreamRecord]:
+    """One shop after the other, without an end, of the same users with other interests."""
+    for n in itertools.count():
+        shop = ShopSettings(
+            users=USERS,
+            events=SHOP_EVENTS,
+            weeks=SHOP_WEEKS,
+            seed=seed + n,
+            shift_share=0.4,
+            start_ms=START_MS + n * SHOP_WEEKS * WEEK_MS,
+        )
+        yield from simulate(shop).records()
 
 
 def differences(one: PartitionState, other: PartitionState) -> Iterator[str]:

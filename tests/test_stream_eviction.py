@@ -10,7 +10,12 @@ from digest_app import AtOnce, Counting, create_topics, make_worker, topic_names
 from pipelines import START_MS, TP, make, run
 
 from models.profile import USER
+from models.suspicion import EVIDENCE
+from stream import changelog
+from stream.changelog import Kind
 from stream.checkpoint import STEPS
+from stream.cleaning import Cleaner
+from stream.engine import PartitionState, PartitionStep
 from stream.errors import ConfigError
 from stream.eviction import Bounds, silent
 from stream.loading import load
@@ -140,3 +145,31 @@ def test_a_time_to_live_that_one_wrong_clock_could_trigger_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"state\.ttl_h must be longer than events\.future_max_s"):
         load(sets=["state.ttl_h=12"])
     assert load(sets=["state.ttl_h=720"]).config.state.ttl_h == 720
+
+
+def test_cleaning_does_not_bring_evidence_back_of_whom_the_step_forgets() -> None:
+    """A block with evidence of two users is cleaned by a step that forgets one of them: the other's is kept."""
+    rows = np.zeros(2, EVIDENCE)
+    rows["key"], rows["age"], rows["watch"] = [1, 2], 20, 1
+    engine = make()
+    state = PartitionState(arena=Arena(engine.dtype), groups=engine.new_groups())
+    state.suspects.append(rows)
+    log = MemoryLog(clock=ManualClock())
+    create_topics(log, NAMES, 1)
+    (block,) = changelog.pack(Kind.EVIDENCE, 0, 1, rows, 10_000)
+    log.append(NAMES.state, 0, iter([(None, block, START_MS)]))
+    step = PartitionStep(
+        partition=0,
+        positions={TP: 1},
+        records=np.zeros(0, engine.dtype),
+        seen=1,
+        watermark_ms=0,
+        gone=np.array([1], "u8"),
+    )
+    cleaner = Cleaner(
+        engine=engine, reader=log.reader(), admin=log.admin(), topic=NAMES.state, factor=1.5, log_bytes_min=1
+    )
+    state.log_bytes = 10_000
+    cleaner.extend(state, step)
+    assert step.evidence["key"].tolist() == [2]
+    cleaner.close()

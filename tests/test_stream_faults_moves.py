@@ -11,7 +11,8 @@ from pipeline_site import PARTITIONS, PipelineSite, alike, bite, wake
 
 @pytest.mark.kafka
 def test_users_move_with_all_that_is_known_of_them(kafka_bootstrap: str, tmp_path: Path) -> None:
-    """A zombie inside of a transaction, that wakes up under later weights; a kill inside of a commit; logs are cleaned.
+    """A zombie inside of a transaction, that wakes up under later weights; a kill inside of a commit. State logs are
+    cleaned and users are forgotten all the while.
 
     Against one worker that nobody disturbed: states, group tables and evidence bit for bit, hidden states within 1e-5,
     each forecast, alert, verdict and dead letter once, in order, under the same version; no version goes back.
@@ -33,6 +34,7 @@ def test_users_move_with_all_that_is_known_of_them(kafka_bootstrap: str, tmp_pat
         assert site.moves() >= PARTITIONS and site.version == 3
         assert min(site.outputs[stream] for stream in ("forecasts", "alerts", "verdicts", "dead_letters")) > 0
         assert site.cleaned() > 0, "no state log was ever cleaned"
+        assert site.forgotten() > 0, "nobody was ever forgotten"
 
 
 def test_what_counts_as_alike() -> None:
