@@ -39,7 +39,7 @@ from stream.loading import load
 from stream.partition import partition_of
 from stream.restore import restore
 from stream.rows import StreamRecord
-from stream.simulate import START_MS, ShopSettings, simulate
+from stream.simulate import ShopSettings, simulate
 from stream.testing import Verdict, read_all
 from stream.transport import LogReader, LogRecord, TopicPartition
 
@@ -54,6 +54,7 @@ USERS = 20
 USERS_MAX = 5  # of a partition: the longest silent ones are forgotten
 SHOP_EVENTS, SHOP_WEEKS = 800, 8  # then all users shift: alerts come early
 WEEK_MS = 7 * 86_400_000
+START_MS = 1_000_000_000_000  # long ago: Kafka refuses what is dated after its own clock
 RUNNING = "event=partition_running"
 READ_WAIT_S = 0.5  # a read that brings nothing for so long is at the end
 
