@@ -6,6 +6,7 @@ disturbed by it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
@@ -123,9 +124,10 @@ def in_words(role: str, record: Record) -> str:
 
 
 def as_json(record: Record) -> str:
-    """The value as it is, one line; bytes that are not JSON as a description."""
+    """The value as it is, whole, on one line; control characters as escapes. What is not JSON is described."""
     try:
-        return printable(msgspec.json.format(record.value or b"null", indent=-1).decode())
+        text = msgspec.json.format(record.value or b"null", indent=-1).decode()
+        return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return printable(_plain(record))
 

@@ -21,7 +21,7 @@ from stream.config import Config
 from stream.errors import ConfigError, Corrupt, DriftlineError, Fenced, Rebalanced, Retryable
 from stream.loading import load
 from stream.options import Given
-from stream.tail import newest_records, topic_of
+from stream.tail import as_json, newest_records, topic_of
 from stream.transport import LogRecord, Record, TopicPartition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -320,3 +320,10 @@ def test_a_reader_that_has_seen_enough(folder: Path) -> None:
         timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_long_record_is_whole_json() -> None:
+    """What `tail --json` prints can be read again, however long it is and whatever characters are in it."""
+    value = {"interests": [f"interest {n}" for n in range(500)], "odd": "\x85\u2028\U000e0001\u202e"}
+    line = as_json(LogRecord("forecasts", 0, 0, 0, b"u", json.dumps(value, ensure_ascii=False).encode()))
+    assert line.isprintable() and json.loads(line) == value
