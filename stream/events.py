@@ -21,6 +21,7 @@ from models.features import EventColumns, interest_key, type_code
 from stream import fields
 from stream.errors import BadEvent, ConfigError
 from stream.records import DeadLetter, Source, dead_letter
+from stream.sentiment import TextSentiment
 from stream.transport import Record
 
 USER_BYTES_MAX = 512
@@ -86,6 +87,17 @@ class EventSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     vector_length: Annotated[
         int, msgspec.Meta(description="length of the content vectors; 0 = none are used", ge=0, le=4_096)
     ] = 0
+    text_sentiment: Annotated[
+        str,
+        msgspec.Meta(
+            description="language of texts whose sentiment is made where none is given: en, zh, auto (Chinese where "
+            'enough characters are); "" = none is made. Needs driftline[sentiment]',
+            pattern="^(en|zh|auto)?$",
+        ),
+    ] = ""
+    text_chars_max: Annotated[
+        int, msgspec.Meta(description="characters of a text that are read for it", ge=1, le=100_000)
+    ] = 500
     dedupe: Annotated[
         str,
         msgspec.Meta(
@@ -171,6 +183,9 @@ class EventDecoder:
             )
         if settings.time_unit not in TIME_UNIT_MS:
             raise ConfigError(f"events.time_unit is {settings.time_unit!r}; use ms or s")
+        self._sentiment = None
+        if settings.text_sentiment:
+            self._sentiment = TextSentiment(settings.text_sentiment, settings.text_chars_max)
         self._decode: Callable[[bytes], Any] = fields.decoder(_FIELDS, settings.fields)
         self._settings = settings
         self._hash_key = hash_key
@@ -303,7 +318,7 @@ class EventDecoder:
             price=_numbers([e.price for e in good]),
             dwell_s=_numbers([e.dwell for e in good]),
             rating=_numbers([e.rating for e in good]),
-            sentiment=_numbers([e.sentiment for e in good]),
+            sentiment=_numbers(self._sentiments(good)),
             segment=np.array(self._cached(segments, self._segment_codes, segment_code), np.uint8),
             vector=vector,
         )
@@ -323,6 +338,13 @@ class EventDecoder:
             id_hash_B=id_hash_B,
             dead=dead,
         )
+
+    def _sentiments(self, good: list[Any]) -> list[float | None]:
+        """As given; else of the text, where that is asked for."""
+        of = self._sentiment
+        if of is None:
+            return [e.sentiment for e in good]
+        return [e.sentiment if e.sentiment is not None else of.of(e.text) for e in good]
 
     def _cached(self, names: Sequence[str | None], cache: dict[str, int], compute: Callable[[str], int]) -> list[int]:
         """Keys of names, 0 for a missing one."""
