@@ -66,5 +66,5 @@ $(STAMP): $(BIN)/python $(SOURCES)
 
 $(DEV_STAMP): $(BIN)/python $(SOURCES)
 	@echo "installing; torch with its CUDA libraries takes about 5 GB (README.md says how to take the CPU build)"
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,compression,pretrain]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,compression,pretrain,sentiment]'
 	@touch $(STAMP) $@
