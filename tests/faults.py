@@ -512,7 +512,6 @@ def moves(bench: Bench, count: int = 12) -> Row:
     with closing(PipelineSite(bench.broker.bootstrap, bench.folder, seed=21)) as site:
         rng = random.Random(21)
         living = site.start("0")
-        site.wait_running(living)
         for n in range(count):
             with site.version_of_its_own():
                 kind = ("killed", "zombie", "left", "killed restoring")[n % 4]
