@@ -145,15 +145,15 @@ class Suspects:
             self._keep(rows[~mine])
 
     def alive(self, rows: Rows) -> Rows:
-        """Those of some rows that are live here."""
-        kinds = [("key", "<u8"), ("age", "<u8")]
+        """Those of some rows that are live here. A user who was forgotten and came back has other events at an age."""
+        kinds = [("key", "<u8"), ("place", "<i8"), ("topic", "u1")]
 
-        def names(of: Rows) -> Rows:
-            pair = np.zeros(len(of), kinds)
-            pair["key"], pair["age"] = of["key"], of["age"]
-            return pair
+        def named(of: Rows) -> Rows:
+            names = np.zeros(len(of), kinds)
+            names["key"], names["place"], names["topic"] = of["key"], of["place"], of["topic"]
+            return names
 
-        found: Rows = rows[np.isin(names(rows), names(self.normal()))]
+        found: Rows = rows[np.isin(named(rows), named(self.normal()))]
         return found
 
     def _keep(self, rows: Rows) -> None:

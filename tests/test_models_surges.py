@@ -54,6 +54,21 @@ def test_the_side_table_is_bounded_and_forgets() -> None:
     assert not (table.normal()["key"] == alive["key"][0]).any() or len(alive) > 6
 
 
+def test_what_a_user_left_before_it_was_forgotten_is_dead() -> None:
+    """A user who comes back has rows of the same ages; those from before are none of the live ones."""
+    table = Suspects()
+    before, after = np.zeros(2, EVIDENCE), np.zeros(2, EVIDENCE)
+    before["key"] = after["key"] = 7
+    before["age"] = after["age"] = [20, 21]
+    before["watch"] = after["watch"] = [1, 2]
+    before["place"], after["place"] = [100, 101], [900, 901]
+    table.append(before)
+    table.forget(np.array([7], np.uint64))
+    table.append(after)
+    assert len(table.alive(before)) == 0
+    assert table.alive(after).tobytes() == after.tobytes()
+
+
 def test_shares_add_up() -> None:
     """The user's own, the segment's and everybody's evidence add up to 1; an interest that surges is not the user's."""
     rows = np.zeros(3, EVIDENCE)
