@@ -1,6 +1,6 @@
 """How fast the learner learns, by device, size of the vocabulary and events in a step.
 
-    python benchmarks/learner_step.py [--devices cpu,cuda] [--interests 1000,3000,5000] [--step-events 64,256] [--json]
+    python benchmarks/learner_step.py [--devices cpu,cuda] [--interests 1000,5000] [--step-events 64] [--exact] [--json]
 
 The learner alone, in this process: `observe` and `learn` as its loop calls them, on a generated stream of 20,000 users
 that is decoded before. Each case first learns every interest twice, so that all are in the vocabulary, then the stream
@@ -53,9 +53,10 @@ def turns(interests: int, seconds: float) -> tuple[list[Decoded], int]:
     return decoded, -(-len(known) // TURN_EVENTS)
 
 
-def measure(device: str, batches: list[Decoded], warm: int, step_events: int, seconds: float) -> dict[str, Any]:
+def measure(
+    device: str, batches: list[Decoded], warm: int, learning: LearningSettings, seconds: float
+) -> dict[str, Any]:
     """One case, after `warm` batches. The clock stops when the device has done what it was given."""
-    learning = msgspec.structs.replace(LearningSettings(), step_events=step_events)
     learner = Learner(NetworkSettings(), learning, seed=0, device=device)
     waited = _waits(device)
     observe_s = learn_s = 0.0
@@ -79,7 +80,7 @@ def measure(device: str, batches: list[Decoded], warm: int, step_events: int, se
     return {
         "device": device_name(device),
         "interests": len(learner.weights().names),
-        "step_events": step_events,
+        "step_events": learning.step_events,
         "steps": steps,
         "steps_per_s": round(steps / learn_s, 1),
         "ms_per_step": round(learn_s / steps * 1e3, 2),
@@ -103,14 +104,19 @@ def device_name(device: str) -> str:
     return f"{device}: {torch.get_num_threads()} threads of {names[0] if names else platform.processor()}"
 
 
-def rows(devices: list[str], interests: list[int], step_events: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+def rows(
+    devices: list[str], interests: list[int], step_events: list[int], seconds: float, exact: bool
+) -> Iterator[dict[str, Any]]:
     """Every case, the devices in turn for each."""
+    learning = LearningSettings()
+    if exact:
+        learning = msgspec.structs.replace(learning, softmax_interests_max=2**24)
     warm_up(Config())
     for size in interests:
         batches, warm = turns(size, seconds)
         for count in step_events:
             for device in devices:
-                yield measure(device, batches, warm, count, seconds)
+                yield measure(device, batches, warm, msgspec.structs.replace(learning, step_events=count), seconds)
 
 
 def main() -> None:
@@ -120,13 +126,14 @@ def main() -> None:
     parser.add_argument("--step-events", default="64,256,1024")
     parser.add_argument("--seconds", type=float, default=3.0, help="measured, of each case")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--exact", action="store_true", help="never sample the softmax, however many interests")
     parser.add_argument("--json", action="store_true", help="a row a line")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     numbers = [[int(n) for n in text.split(",")] for text in (given.interests, given.step_events)]
     if not given.json:
         print("interests  events/step  steps/s  ms/step  events/s  loss   device")
-    for row in rows(given.devices.split(","), numbers[0], numbers[1], given.seconds):
+    for row in rows(given.devices.split(","), numbers[0], numbers[1], given.seconds, given.exact):
         if given.json:
             print(json.dumps(row), flush=True)
         else:
