@@ -21,7 +21,7 @@ from stream.partition import partition_of
 from stream.simulate import ShopSettings, simulate
 from stream.transport import LogRecord, TopicPartition, Transport, close_all
 
-EVENTS, ROUND = 3_000, 512
+EVENTS, ROUND = 3_000, 128
 PARTITIONS = 2
 DONE_WITHIN_S = 120.0
 
@@ -64,7 +64,7 @@ def settings(partitions: int) -> Config:
 
 
 def test_a_replay_scores_what_the_evaluation_says(transport: Transport) -> None:
-    """MRR and HR@10 of worker and learner on a log, weights through the topic every 512 events: as evaluated so.
+    """MRR and HR@10 of worker and learner on a log, weights through the topic every 128 events: as evaluated so.
 
     The learner meets the partitions' events in another order, so the weights are not the same ones; the figures are,
     within .015 for about 2,850 scored events (standard error of either MRR about .008).
