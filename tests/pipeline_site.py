@@ -49,6 +49,7 @@ SESSION_S, TRANSACTION_S = 3.0, 4.0
 PATIENCE_S = 120.0
 HIDDEN_ERROR = 1e-5  # float32 sums may differ in the last digits between batch sizes
 SHARE_ERROR = 2e-5  # of probabilities, which are told with five digits
+TYPE_ERROR = 1.1e-4  # of those of types, which are told with four
 LEARN_STEPS = 30
 USERS = 20
 USERS_MAX = 5  # of a partition: the longest silent ones are forgotten
@@ -367,17 +368,17 @@ def alike(ours: Any, theirs: Any) -> bool:
         steps = zip(ours, theirs, strict=False)
         return len(ours) == len(theirs) and all(alike(a["interests"], b["interests"]) for a, b in steps)
     if isinstance(ours, dict) and ours and all(isinstance(v, float) for v in ours.values()):
-        return _close(ours, theirs)
+        return _close(ours, theirs, TYPE_ERROR)
     return bool(ours == theirs)
 
 
-def _close(ours: dict[str, float], theirs: dict[str, float]) -> bool:
+def _close(ours: dict[str, float], theirs: dict[str, float], error: float = SHARE_ERROR) -> bool:
     """Two lists of the likeliest: where one lacks a name it is as good as the other's least likely one."""
     if len(ours) != len(theirs):
         return False
     least = min(min(ours.values(), default=0.0), min(theirs.values(), default=0.0))
     names = ours.keys() | theirs.keys()
-    return all(abs(ours.get(name, least) - theirs.get(name, least)) <= SHARE_ERROR for name in names)
+    return all(abs(ours.get(name, least) - theirs.get(name, least)) <= error for name in names)
 
 
 # ── moves ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -437,7 +437,7 @@ def test_secrets_reach_the_client_and_nobody_else(
 ) -> None:
     """From the environment, a file, or written out: the client gets the value; repr and logs do not show it."""
     monkeypatch.setattr(ConnectionSettings, "_knock", lambda self: None)
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="kafka")  # a command that ran in this process before quiets it
     (tmp_path / "secret").write_text("from-a-file\n")
     monkeypatch.setenv("BROKER_SECRET", "from-the-environment")
     for written, value in (
@@ -468,6 +468,7 @@ def test_a_secret_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest
 def test_a_refused_login_says_so_without_the_password(kafka_bootstrap: str, caplog: pytest.LogCaptureFixture) -> None:
     """A broker without SASL: the message says that it is there and what to check; no log line shows the password."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="kafka")
     settings = {
         "bootstrap_servers": kafka_bootstrap,
         "bootstrap_timeout_ms": 1_500,
