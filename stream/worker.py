@@ -613,8 +613,16 @@ class Worker:
                 restoring.attempts += 1
                 restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
                 continue
-            if state is not None:
-                self._take_over(partition, state)
+            if state is not None and not self._take_over(partition, state):
+                if restoring.attempts > self._parts.settings.retries_max:
+                    raise Retryable(
+                        f"partition {partition}: the committed position is older than the state committed with "
+                        "it, and stays so; look at the broker's log of group positions before this worker goes on"
+                    )
+                self._parts.observer.event("restore_failed", partition=partition, error="the position is an old one")
+                restoring.attempts += 1
+                restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
+                continue
             self._restoring.pop(partition, None)
         now_s = self._parts.clock()
         if now_s >= self._next_look_s:  # asking for the lag is a round trip to the log
@@ -626,7 +634,9 @@ class Worker:
                 sum(self._consumer.lag().values()) if self.states else 0,
             )
 
-    def _take_over(self, partition: int, state: PartitionState) -> None:
+    def _take_over(self, partition: int, state: PartitionState) -> bool:
+        """False, and nothing is done, where the position is older than the state: a broker that comes back was seen to
+        answer before it had read the group's positions in full, and everything since would be processed again."""
         tps = self._inputs_of(partition)
         committed = dict(self._committed(tps))
         if not any(committed.values()):  # a topic that was given more partitions: number 0 knows the old count
@@ -635,6 +645,10 @@ class Worker:
             progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{tp.partition}")
             if progress is not None:
                 self._check_partitions(progress)
+        found = [Progress.load(p.metadata, f"partition {partition}") for tp in tps if (p := committed.get(tp))]
+        blocks = [progress.next_block for progress in found if progress is not None]
+        if blocks and max(blocks) < state.next_block:
+            return False
         for tp in tps:
             position = committed.get(tp)
             progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{partition}")
@@ -649,6 +663,7 @@ class Worker:
             self._overlong.add(partition)
         self._consumer.resume(tps)
         self._parts.observer.event("partition_running", partition=partition, users=len(state.arena), seen=state.seen)
+        return True
 
     def _check_partitions(self, progress: Progress) -> None:
         if progress.partitions != self._parts.partitions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 from digest_app import AtOnce, Counting, check_arena, create_topics, make_worker, topic_names, verdict_of
@@ -13,7 +13,7 @@ from stream.checkpoint import STEPS
 from stream.errors import ConfigError, Corrupt, Fenced, Retryable
 from stream.memory import Fault, ManualClock, MemoryLog
 from stream.testing import DigestEngine, digest_event
-from stream.transport import TopicPartition
+from stream.transport import Position, TopicPartition
 from stream.worker import Worker
 
 NAMES = topic_names()
@@ -121,6 +121,40 @@ def test_calls_that_fail_with_unknown_outcome(log: MemoryLog, point: str, fault:
         assert observer.outcomes["committed" if fault is Fault.HIDE else "void"] > 0
     assert verdict.problems == []
     assert check_arena(worker, inputs) == []
+
+
+@pytest.mark.parametrize("lies", [2, 10**6])
+def test_a_position_older_than_the_state_is_asked_for_again(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch, lies: int
+) -> None:
+    """A broker that comes back may hand out an old position: nothing is answered twice; one that stays old stops."""
+    fill(log, random.Random(3), 200)
+    first = worker_on(log)
+    inputs = [TopicPartition(NAMES.events[0], p) for p in range(PARTITIONS)]
+    drain(first)
+    old = dict(first._committed(inputs))
+    assert all(old.values())
+    fill(log, random.Random(4), 200)
+    drain(first)
+    first.close()
+    real, left = Worker._committed, lies
+
+    def committed(self: Worker, tps: Sequence[TopicPartition]) -> Mapping[TopicPartition, Position | None]:
+        nonlocal left
+        left -= 1
+        return {tp: old[tp] for tp in tps} if left >= 0 else real(self, tps)
+
+    monkeypatch.setattr(Worker, "_committed", committed)
+    second = worker_on(log)
+    fill(log, random.Random(5), 100)
+    if lies == 2:
+        drain(second)
+        assert check_arena(second, verdict_of(log, NAMES, PARTITIONS)[1]) == []
+    else:
+        with pytest.raises(Retryable, match="older than the state"):
+            drain(second)
+    problems = verdict_of(log, NAMES, PARTITIONS)[0].problems
+    assert problems == [] if lies == 2 else not any("2 times" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("seed", range(30))
