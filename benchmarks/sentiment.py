@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models.evaluate import area_under_curve  # noqa: E402
 from stream.sentiment import TextSentiment  # noqa: E402
 
 GOOD = {"good", "great", "love", "best", "perfect", "nice", "excellent", "happy", "easy", "recommend"}
@@ -40,15 +40,6 @@ def lines_of(path: Path) -> Iterator[bytes]:
     else:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield from file
-
-
-def area_under_curve(score_E: npt.NDArray[np.float64], good_E: npt.NDArray[np.bool_]) -> float:
-    """Chance that a good one scores above a bad one; ties count half."""
-    _values, place_E, count_V = np.unique(score_E, return_inverse=True, return_counts=True)
-    rank_V = np.cumsum(count_V) - (count_V - 1) / 2
-    rank_E = rank_V[place_E]
-    good, bad = int(good_E.sum()), int((~good_E).sum())
-    return float((rank_E[good_E].sum() - good * (good + 1) / 2) / (good * bad))
 
 
 def counted(text: str) -> float:

@@ -207,6 +207,14 @@ class PurchaseFigures:
     ece: float | None
 
 
+def area_under_curve(score_P: Doubles, good_P: Bools) -> float | None:
+    """Chance that a good one scores above another one, ties half; None where there is but one kind."""
+    count, hits = len(good_P), int(good_P.sum())
+    if not 0 < hits < count:
+        return None
+    return float((rankdata(score_P)[good_P].mean() - (hits + 1) / 2) / (count - hits))
+
+
 def purchase_figures(probability_P: Doubles, bought_P: Bools) -> PurchaseFigures:
     """How good probabilities of purchases are; those of 0 and 1 count as one in a million from there.
 
@@ -220,16 +228,14 @@ def purchase_figures(probability_P: Doubles, bought_P: Bools) -> PurchaseFigures
         return PurchaseFigures(n=0, bought=0, log_loss=None, auc=None, ece=None)
     safe_P = np.clip(probability_P.astype(np.float64), 1e-6, 1.0 - 1e-6)
     loss = -np.where(bought_P, np.log(safe_P), np.log1p(-safe_P)).mean()
-    auc = None
-    if 0 < hits < count:
-        auc = (rankdata(safe_P)[bought_P].mean() - (hits + 1) / 2) / (count - hits)
+    auc = area_under_curve(safe_P, bought_P)
     bins = np.array_split(np.argsort(safe_P, kind="stable"), CALIBRATION_BINS)
     gaps = (abs(safe_P[b].mean() - bought_P[b].mean()) * len(b) for b in bins if len(b))
     return PurchaseFigures(
         n=count,
         bought=hits,
         log_loss=round(float(loss), 6),
-        auc=None if auc is None else round(float(auc), 6),
+        auc=None if auc is None else round(auc, 6),
         ece=round(float(sum(gaps)) / count, 6),
     )
 

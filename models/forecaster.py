@@ -247,12 +247,11 @@ class Forecaster:
         """The distributions of steps 1..N, one after another."""
         state_EH = self._network.at_moment(torch.from_numpy(np.ascontiguousarray(hidden_EH, np.float32)), moments)
         view = self._network.view(moments)
+        lift_EM = moments.lift(self._log_popularity_V)
         for number in range(1, steps + 1):
             step = self._network.step(state_EH, view)
-            yield Parts(
-                step=step,
-                general_EV=self._network.general(step, moments, self._log_popularity_V, self._crowd_VK),
-            )
+            general_EV = self._network.general(step, moments, lift_EM, self._log_popularity_V, self._crowd_VK)
+            yield Parts(step=step, general_EV=general_EV)
             if number < steps:
                 state_EH = self._network.next_state(step, view, number + 1)
 
@@ -319,7 +318,7 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
         torch.manual_seed(seed)
         network = Network(settings, 0)
     tensors: Tensors = {f"network.{n}": t.detach().numpy() for n, t in network.state_dict().items()}
-    successors = Successors.empty(settings.successors)
+    successors, purchases = Successors.empty(settings.successors), Purchases.empty()
     tensors |= {
         "vocabulary.keys": np.zeros(0, np.uint32),
         "vocabulary.popularity": np.zeros(0, np.float32),
@@ -328,8 +327,8 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
         "successors.weight": successors.weight_VM,
         "successors.total": successors.total_V,
         "successors.stay": successors.stay_V,
-        "purchases.weight": np.zeros(0, np.float32),
-        "purchases.pairs": np.zeros((2, 2)),
+        "purchases.weight": purchases.weight_V,
+        "purchases.pairs": purchases.pairs_22,
         "normaliser.sums": Normaliser.initial().sums_3M,
     }
     return Weights(version=0, settings=settings, tensors=tensors)

@@ -38,7 +38,9 @@ TYPE_WIDTH = 8
 CROWD_COUNT = 3  # what everybody does with an interest: popular just now, seen lately, share of stays
 COUNTED_COUNT = 2 + SOURCES + CROWD_COUNT  # of a candidate: lift, log popularity, lift by each source, the crowd's
 CANDIDATE_NUMBERS = FEATURE_COUNT + COUNTED_COUNT
-LAST_COUNT = 5  # of a moment: of the last interest the share of stays, followers among the candidates, popularity
+# Of a moment: share of stays at the last interest, of its followers among the candidates, its popularity; what the
+# lists of followers leave to all else, and the share of the likeliest follower.
+LAST_COUNT = 5
 MOMENT_NUMBERS = CONTEXT_COUNT + LAST_COUNT
 PAIR_NUMBERS = CANDIDATE_NUMBERS + 2  # of a moment and an interest: not the user's own, share of purchases
 BUYER_COUNT = 5  # of a user: what is known of his purchases, see models/purchases.py
@@ -295,9 +297,15 @@ class Network(nn.Module):
             return logit_EV
         return logit_EV.scatter_add_(1, follower_EM, self.lift * lift_EM)
 
-    def general(self, step: Step, moments: Moments, log_popularity_V: Tensor, crowd_VK: Tensor) -> Tensor:
-        """Probabilities of every interest of the vocabulary, but for the copy head, (E, V); without gradients."""
-        follower_EM, lift_EM = moments.follower_EM, moments.lift(log_popularity_V)
+    def general(
+        self, step: Step, moments: Moments, lift_EM: Tensor, log_popularity_V: Tensor, crowd_VK: Tensor
+    ) -> Tensor:
+        """Probabilities of every interest of the vocabulary, but for the copy head, (E, V); without gradients.
+
+        Args:
+            lift_EM: `moments.lift`, the same at all steps.
+        """
+        follower_EM = moments.follower_EM
         logit_EV = self.logits(step.state_EH, follower_EM, lift_EM, moments.live_E, log_popularity_V, crowd_VK)
         if not len(log_popularity_V):
             return logit_EV

@@ -20,10 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from models.evaluate import next_events, purchase_figures
-from models.features import TYPE_CODES
+from models.purchases import PURCHASE
 from stream.evaluation import Asked, Outcome, Stream, Wanted
 
-_PURCHASE = TYPE_CODES["purchase"]
 _USER_HALF_LIFE_EVENTS = 16.0
 _PRIOR_EVENTS = 20.0  # of the usual share of purchases, that every user and interest has had
 Doubles = npt.NDArray[np.float64]
@@ -41,7 +40,7 @@ def purchase_rows(stream: Stream, outcomes: Sequence[Outcome], wanted: Wanted) -
         owner_P, place_P = np.nonzero((asked.key_EK != 0) & whole[:, None])
         key_P = asked.key_EK[owner_P, place_P]
         window_PN = index_EN[owner_P]
-        bought_PN = (stream.type_E[window_PN] == _PURCHASE) & (stream.key_E[window_PN] == key_P[:, None])
+        bought_PN = (stream.type_E[window_PN] == PURCHASE) & (stream.key_E[window_PN] == key_P[:, None])
         bought_P = bought_PN.any(axis=1)
         given = {
             outcome.model: asked.probability_EK[owner_P, place_P].astype(np.float64),
@@ -95,7 +94,7 @@ def _shares(stream: Stream, owner_P: Any, key_P: Any, asked: Asked) -> Doubles:
         for interest in mine:
             mine[interest] *= step
         mine[key] = mine.get(key, 0.0) + 1.0
-        is_purchase = float(stream.type_E[e] == _PURCHASE)
+        is_purchase = float(stream.type_E[e] == PURCHASE)
         total[user] = [decayed * step + 1.0, seen + 1.0, bought + is_purchase]
         of_interest[key][0] += 1.0
         of_interest[key][1] += is_purchase

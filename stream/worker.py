@@ -604,26 +604,24 @@ class Worker:
         for partition, restoring in list(self._restoring.items()):
             if not restoring.future.done():
                 continue
+            failure: Retryable
             try:
                 state = restoring.future.result()
             except Retryable as error:
-                if restoring.attempts > self._parts.settings.retries_max:
-                    raise
-                self._parts.observer.event("restore_failed", partition=partition, error=str(error))
-                restoring.attempts += 1
-                restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
-                continue
-            if state is not None and not self._take_over(partition, state):
-                if restoring.attempts > self._parts.settings.retries_max:
-                    raise Retryable(
-                        f"partition {partition}: the committed position is older than the state committed with "
-                        "it, and stays so; look at the broker's log of group positions before this worker goes on"
-                    )
-                self._parts.observer.event("restore_failed", partition=partition, error="the position is an old one")
-                restoring.attempts += 1
-                restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
-                continue
-            self._restoring.pop(partition, None)
+                failure = error
+            else:
+                if state is None or self._take_over(partition, state):
+                    self._restoring.pop(partition, None)
+                    continue
+                failure = Retryable(
+                    f"partition {partition}: the committed position is older than the state committed with it; where "
+                    "that stays so, look at the broker's log of group positions before this worker goes on"
+                )
+            if restoring.attempts > self._parts.settings.retries_max:
+                raise failure
+            self._parts.observer.event("restore_failed", partition=partition, error=str(failure))
+            restoring.attempts += 1
+            restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
         now_s = self._parts.clock()
         if now_s >= self._next_look_s:  # asking for the lag is a round trip to the log
             self._next_look_s = now_s + LOOK_INTERVAL_S
@@ -641,17 +639,14 @@ class Worker:
         committed = dict(self._committed(tps))
         if not any(committed.values()):  # a topic that was given more partitions: number 0 knows the old count
             committed |= self._committed([TopicPartition(tp.topic, 0) for tp in tps])
-        for tp, position in committed.items():
-            progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{tp.partition}")
-            if progress is not None:
-                self._check_partitions(progress)
-        found = [Progress.load(p.metadata, f"partition {partition}") for tp in tps if (p := committed.get(tp))]
-        blocks = [progress.next_block for progress in found if progress is not None]
+        told = {tp: Progress.load(p.metadata, f"{tp.topic}-{tp.partition}") for tp, p in committed.items() if p}
+        for one in filter(None, told.values()):
+            self._check_partitions(one)
+        blocks = [found.next_block for tp in tps if (found := told.get(tp)) is not None]
         if blocks and max(blocks) < state.next_block:
             return False
         for tp in tps:
-            position = committed.get(tp)
-            progress = None if position is None else Progress.load(position.metadata, f"{tp.topic}-{partition}")
+            position, progress = committed.get(tp), told.get(tp)
             if progress is not None:
                 self._parts.weights.swap(at_least=progress.weights)
                 state.seen = max(state.seen, progress.seen)

@@ -73,13 +73,19 @@ def stream(count: int, users: int = 30, seed: int = 1) -> list[LogRecord]:
     return records
 
 
-def run(pipeline: Pipeline, records: Sequence[LogRecord], batch: int) -> tuple[PartitionState, list[tuple[str, Any]]]:
+def run(
+    pipeline: Pipeline, records: Sequence[LogRecord], batch: int, partition: int = 0, restored: bool = False
+) -> tuple[PartitionState, list[tuple[str, Any]]]:
+    """The state after the records of a partition, and the outputs; `restored`: the group table after every batch."""
     state = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups())
     outputs, done = [], 0
     while done < len(records):
         count = min(batch, pipeline.next_cut(state.seen) - state.seen)
-        for step in pipeline.process({0: state}, {TP: records[done : done + count]}):
+        place = TopicPartition(TP.topic, partition)
+        for step in pipeline.process({partition: state}, {place: records[done : done + count]}):
             merge(pipeline, state, step)
             outputs += [(o.stream, orjson.loads(o.value)) for o in step.outputs]
+        if restored:
+            state.groups = pipeline.groups_from_snapshot(state.groups.snapshot())
         done += count
     return state, outputs

@@ -45,7 +45,7 @@ def test_copy_and_general_probabilities_sum_to_one() -> None:
     step = net.step(net.at_moment(torch.randn(5, HIDDEN), moments), view)
     log_popularity_V, crowd_VK = torch.from_numpy(known.log_popularity_V), torch.from_numpy(known.crowd_VK)
     with torch.no_grad():
-        general_EV = net.general(step, moments, log_popularity_V, crowd_VK)
+        general_EV = net.general(step, moments, moments.lift(log_popularity_V), log_popularity_V, crowd_VK)
     copy_E = torch.exp(step.log_gate_E) * torch.exp(step.copy_EC).sum(dim=1)
     general_E = torch.exp(step.log_rest_E) * general_EV.sum(dim=1)
     assert (copy_E + general_E).tolist() == pytest.approx([1.0] * 5, abs=1e-5)

@@ -13,11 +13,9 @@ import pytest
 from pipelines import START_MS, make, run
 from prometheus_client import CollectorRegistry
 
-from stream.engine import PartitionState, merge
 from stream.metrics import Health, WorkerMetrics
 from stream.records import BatchMetrics, Drift
-from stream.state import Arena
-from stream.transport import LogRecord, TopicPartition
+from stream.transport import LogRecord
 
 EVENTS = 18_000
 TURN = 12_000  # the event at which everything changes
@@ -77,28 +75,14 @@ def test_any_cut_into_batches_tells_the_same_drifts() -> None:
 
 def test_a_restored_table_tells_the_same_drifts() -> None:
     """A worker that takes over in the middle of a slice goes on where the other stopped."""
-    pipeline, records = make(share=0.0), shop(2, "all")
-    state, outputs, done = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups()), [], 0
-    while done < len(records):
-        count = min(1_000, pipeline.next_cut(state.seen) - state.seen)
-        for step in pipeline.process({0: state}, {TopicPartition("events", 0): records[done : done + count]}):
-            merge(pipeline, state, step)
-            outputs += [(o.stream, orjson.loads(o.value)) for o in step.outputs]
-        state.groups = pipeline.groups_from_snapshot(state.groups.snapshot())
-        done += count
+    outputs = run(make(share=0.0), shop(2, "all"), 1_000, restored=True)[1]
     assert drifts_in(outputs) == told(2, "all")
 
 
 def test_only_partition_0_speaks() -> None:
     """Every partition sees a fair sample of the users; one of them tells."""
-    pipeline, records = make(share=0.0, partitions=2), shop(2, "all", partition=1)
-    state, outputs, done = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups()), [], 0
-    while done < len(records):
-        count = min(2_048, pipeline.next_cut(state.seen) - state.seen)
-        for step in pipeline.process({1: state}, {TopicPartition("events", 1): records[done : done + count]}):
-            merge(pipeline, state, step)
-            outputs += [(o.stream, orjson.loads(o.value)) for o in step.outputs]
-        done += count
+    outputs = run(make(share=0.0, partitions=2), shop(2, "all", partition=1), 2_048, partition=1)[1]
+    assert outputs
     assert drifts_in(outputs) == []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from test_stream_evaluation import shop
-from test_stream_processes import TIMEOUT_S, driftline, wait_for
+from test_stream_processes import TIMEOUT_S, driftline, run_until_weights, wait_for
 
 from stream.saved_weights import CHECKPOINT, CheckpointFacts, is_there, read
 
@@ -92,20 +92,7 @@ def test_a_run_starts_from_a_checkpoint_and_publishes(site: Path, tmp_path: Path
     assert driftline(tmp_path, "topics", "create").returncode == 0
     sent = driftline(tmp_path, "replay", "more.jsonl", *plain)
     assert sent.returncode == 0, sent.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stream.cli", "run", "--initial-weights", str(site / "whole"), "--set",
-         "app.log_file=run.log", "--set", "learner.publish_interval_s=0.5"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-    )  # fmt: skip
-    try:
-        journal = tmp_path / "run.log"
-        wait_for(lambda: journal.exists() and "event=weights_swapped version=1" in journal.read_text())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT_S) == 0
-    finally:
-        process.kill()
-        process.wait()
+    run_until_weights(tmp_path, "--initial-weights", str(site / "whole"))
     shown = driftline(tmp_path, "tail", "forecasts", "--from", "start", "--no-follow", "--json")
     forecasts = [json.loads(line) for line in shown.stdout.splitlines()]
     assert forecasts

@@ -41,6 +41,25 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+def run_until_weights(folder: Path, *options: str) -> str:
+    """`driftline run` until its worker has weights of the learner; SIGTERM ends it with exit code 0. What it logged."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stream.cli", "run", *options, "--set", "app.log_file=run.log", "--set",
+         "learner.publish_interval_s=0.5"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )  # fmt: skip
+    try:
+        journal = folder / "run.log"
+        wait_for(lambda: journal.exists() and "event=weights_swapped version=1" in journal.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+    return journal.read_text()
+
+
 def test_the_demo_runs_from_end_to_end(tmp_path: Path) -> None:
     """Worker and learner handle every record of a generated stream; it ends with the table and the report.
 
@@ -58,21 +77,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path: Path) -> None:
 def test_run_starts_both_and_stops_them(tmp_path: Path) -> None:
     """`driftline run` forecasts and learns in processes of their own; SIGTERM ends all of them with exit code 0."""
     assert driftline(tmp_path, "simulate", "--users", "50", "--events", "2000").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stream.cli", "run", "--set", "app.log_file=run.log", "--set",
-         "learner.publish_interval_s=0.5"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-    )  # fmt: skip
-    try:
-        journal = tmp_path / "run.log"
-        wait_for(lambda: journal.exists() and "event=weights_swapped version=1" in journal.read_text())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT_S) == 0
-    finally:
-        process.kill()
-        process.wait()
-    text = journal.read_text()
+    text = run_until_weights(tmp_path)
     assert text.count("event=stopping signal=SIGTERM") == 3
     shown = driftline(tmp_path, "tail", "forecasts", "--from", "1", "--no-follow")
     assert "next" in shown.stdout
