@@ -5,6 +5,7 @@ Stands around the way of an event; only cli.py calls it, and nothing here happen
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -79,6 +80,7 @@ def collect_seldom() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # at exit all is looked at again: libraries that check for leaks would report it
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
 
 

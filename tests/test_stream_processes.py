@@ -85,6 +85,22 @@ def test_run_starts_both_and_stops_them(tmp_path: Path) -> None:
     assert driftline(tmp_path, "doctor").returncode == 0
 
 
+def test_a_process_that_collects_seldom_ends_in_silence() -> None:
+    """Libraries of torch that look for leaks at exit have none to report."""
+    code = (
+        "from models.learner import Learner\n"
+        "from models.settings import LearningSettings, NetworkSettings\n"
+        "from stream.process import collect_seldom\n"
+        "learner = Learner(NetworkSettings(), LearningSettings(), seed=0, device='cpu')\n"
+        "collect_seldom()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    assert done.stderr == ""
+
+
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     """A child whose `run` was killed does not go on alone."""
     code = (
