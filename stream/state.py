@@ -96,14 +96,14 @@ class Arena:
     def merge(self, records: Records) -> None:
         """Store records (distinct keys) over the old ones."""
         keys = np.ascontiguousarray(records["key"])
-        row = self._index.find(keys)
+        row, used_before = self._index.find(keys), self._used
         fresh = np.flatnonzero(row < 0)
         if len(fresh):
             row[fresh] = self._new_rows(len(fresh))
             self._index.insert(keys[fresh], row[fresh])
         if not len(row):
             return
-        if len(fresh) == len(row) and int(row[-1]) - int(row[0]) == len(row) - 1 and not self._free:
+        if len(fresh) == len(row) and int(row[0]) >= used_before:  # rows that were freed before come first
             self._rows[row[0] : row[-1] + 1] = records
         else:
             store_rows(self._rows, row, records)
