@@ -7,7 +7,8 @@ A transaction writes the records it touched as a few packed blocks, each one rec
          4     2  format version
          6     1  kind: 1 users, 2 tombstones, 3 groups (a whole table), 4 group delta, 5 barrier, 6 format,
                   7 erased: tombstones of users that were to be forgotten; older blocks are rewritten soon,
-                  8 evidence of suspects, 9 a piece of a group table that goes on in the next block
+                  8 evidence of suspects, 9 a piece of a group table that goes on in the next block,
+                  10 positions: how far the input was read, the last block of every transaction
          7     1  reserved, 0
          8     4  partition
         12     4  block number, ascending in a partition (0 for a barrier)
@@ -56,6 +57,7 @@ class Kind(enum.IntEnum):
     ERASED = 7
     EVIDENCE = 8
     GROUPS_PIECE = 9
+    POSITIONS = 10
 
 
 _OF_RECORDS = (Kind.USERS, Kind.TOMBSTONES, Kind.ERASED, Kind.EVIDENCE)

@@ -1,7 +1,7 @@
 """The atomic commit of a batch, in numbered steps: die between any two of them and nothing is lost or doubled.
 
     1  begin the transaction
-    2  send the state blocks
+    2  send the state blocks, the last of them with the positions
     3  send the outputs
     4  flush: every record is stored, or the attempt is void
     5  send the consumed positions, with the proof of membership
@@ -9,7 +9,8 @@
     7  merge into memory (the only step that changes the arena)
 
 Died before 6: the log drops the transaction, the successor reads the batch again. Died after 6: the log has everything,
-the successor restores it. An exception with an unknown outcome is settled by asking for the committed positions.
+the successor restores it. After an exception before 6 the attempt is void; one at 6 leaves the outcome open, and it is
+settled by the committed positions or, where these do not show it, by reading the state log again.
 """
 
 from __future__ import annotations
@@ -22,42 +23,11 @@ import numpy as np
 from stream import changelog
 from stream.changelog import Kind
 from stream.engine import Engine, PartitionState, PartitionStep, merge
-from stream.errors import ConfigError
+from stream.progress import Committed, Progress
 from stream.transport import Position, Producer, TopicPartition
 
 STEPS = (1, 2, 3, 4, 5, 6, 7)
 OnStep = Callable[[int], None]
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Committed with every position, as its metadata string: what must be atomic with it.
-
-    Attributes:
-        weights: version of the weights that wrote the state.
-        seen, watermark_ms, next_block: see PartitionState.
-        partitions: number of partitions of the application's topics; users would move if it changed.
-    """
-
-    weights: int
-    seen: int
-    watermark_ms: int
-    next_block: int
-    partitions: int
-
-    def dump(self) -> str:
-        return msgspec.json.encode(self).decode()
-
-    @staticmethod
-    def load(metadata: str, where: str) -> Progress | None:
-        """Progress from a position's metadata; None for an empty string (a position set by an operator)."""
-        if not metadata:
-            return None
-        try:
-            return msgspec.json.decode(metadata, type=Progress)
-        except msgspec.DecodeError as error:
-            raise ConfigError(
-                f"{where}: the consumer group's position was not committed by driftline ({error}); use another app.name"
-            ) from None
 
 
 class TopicNames(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,12 +56,14 @@ class Checkpoint:
         self._partitions = partitions
         self._block_bytes_max = block_bytes_max
         self._on_step = on_step
+        self.sealing = False  # whether the last commit came to the call that ends the transaction
 
     def commit(
         self, producer: Producer, states: Mapping[int, PartitionState], steps: Sequence[PartitionStep], group: object
     ) -> None:
-        """Steps 1 to 6. Raises Retryable, Rebalanced or Fenced; only then is the outcome open."""
+        """Steps 1 to 6. Raises Retryable, Rebalanced or Fenced; the outcome is open only where `sealing` is set."""
         at = self._on_step
+        self.sealing = False
         at(1)
         producer.begin()
         at(2)
@@ -107,6 +79,7 @@ class Checkpoint:
         at(5)
         producer.send_offsets(self.positions(steps), group)
         at(6)
+        self.sealing = True
         producer.commit()
 
     def merge(self, states: Mapping[int, PartitionState], steps: Sequence[PartitionStep]) -> None:
@@ -120,17 +93,20 @@ class Checkpoint:
         return {
             tp: Position(
                 offset,
-                Progress(
-                    weights=self._engine.weights_version,
-                    seen=step.seen,
-                    watermark_ms=step.watermark_ms,
-                    next_block=step.next_block,
-                    partitions=self._partitions,
-                ).dump(),
+                self._progress(step).dump(),
             )
             for step in steps
             for tp, offset in step.positions.items()
         }
+
+    def _progress(self, step: PartitionStep) -> Progress:
+        return Progress(
+            weights=self._engine.weights_version,
+            seen=step.seen,
+            watermark_ms=step.watermark_ms,
+            next_block=step.next_block,
+            partitions=self._partitions,
+        )
 
     def _send_state(self, producer: Producer, state: PartitionState, step: PartitionStep) -> None:
         """Send the blocks of one partition; says in the step what they are."""
@@ -152,7 +128,13 @@ class Checkpoint:
             values += changelog.pack_groups(partition, step.groups_block, whole, self._block_bytes_max)
         elif step.group_delta:
             values.append(changelog.encode(Kind.GROUP_DELTA, partition, first + len(values), step.group_delta))
+        step.next_block = first + len(values) + 1
+        before = state.committed.offsets if state.committed is not None else {}
+        step.committed = Committed(
+            offsets={**before, **{tp.topic: offset for tp, offset in step.positions.items()}},
+            progress=self._progress(step),
+        )
+        values.append(changelog.encode(Kind.POSITIONS, partition, step.next_block - 1, step.committed.dump()))
         for value in values:
             producer.send(self._topics.state, partition, None, value)
-        step.next_block = first + len(values)
         step.block_bytes = sum(map(len, values))

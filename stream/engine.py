@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from models.suspicion import EVIDENCE, Suspects
+from stream.progress import Committed
 from stream.records import BatchMetrics
 from stream.state import Arena, Records
 from stream.transport import Record, TopicPartition
@@ -37,6 +38,7 @@ class PartitionState:
             sees but the disk, and how long one of them is taken to be, bytes; `log_bytes` counts them.
         rewrite_below: blocks below this number may hold users that were to be forgotten; 0 = none do.
         suspects: the side table of evidence.
+        committed: how far the input was read, as the newest block of the state log says; None before the first.
         parts: pieces of a group table that a restore has read so far.
         deltas: of the group table, that a restore has read since the newest whole one: where they lie, and their bytes.
     """
@@ -52,6 +54,7 @@ class PartitionState:
     hidden_until: int = 0
     hidden_each: int = 0
     suspects: Suspects = field(default_factory=Suspects)
+    committed: Committed | None = None
     parts: list[bytes] = field(default_factory=list)
     deltas: list[tuple[str, bytes]] = field(default_factory=list)
 
@@ -85,8 +88,8 @@ class PartitionStep:
         evidence: rows for the side table of evidence.
         gone: keys of users that are forgotten; none of them has a record in the step.
         erased: some of them by order: then older blocks are rewritten soon.
-        next_block, groups_block, block_bytes: said by the commit: the number after the step's blocks, that of its whole
-            group table (0 = it has none), and the length of all its blocks.
+        next_block, groups_block, block_bytes, committed: said by the commit: the number after the step's blocks, that
+            of its whole group table (0 = it has none), the length of all its blocks, and what their last one says.
     """
 
     partition: int
@@ -104,6 +107,7 @@ class PartitionStep:
     next_block: int = 0
     groups_block: int = 0
     block_bytes: int = 0
+    committed: Committed | None = None
 
 
 class Engine(Protocol):
@@ -146,6 +150,7 @@ def merge(engine: Engine, state: PartitionState, step: PartitionStep) -> None:
     elif step.group_delta:
         engine.apply_group_delta(state.groups, step.group_delta)
     state.next_block = step.next_block or state.next_block
+    state.committed = step.committed or state.committed
     state.groups_block = step.groups_block or state.groups_block
     state.log_bytes += step.block_bytes
     state.seen = step.seen

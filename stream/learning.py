@@ -41,6 +41,7 @@ from stream.transport import (
 log = logging.getLogger(__name__)
 
 BARRIER_TIMEOUT_S = 60.0
+OLD_POSITION_TRIES = 4
 ORDERS_INTERVAL_S = 5.0
 FAR_BEHIND_TURNS = 8  # more turns' worth of records to read than this: gradients are shed
 _REBUILD_READ_RECORDS = 5_000
@@ -340,11 +341,13 @@ class LearnerLoop:
                 )
             )
         own = newest.get("learner")
+        self._restored = 0  # version of the snapshot that our positions were committed with
         if own is None:
             if self._publish_fresh:
                 self._dirty, self._last_publish_s = True, -math.inf
             return self._fresh()
         self._observer.event("learner_restored", version=own.version)
+        self._restored = own.version
         return self._restore(own.payload, own.version)
 
     def _take_over(self, tp: TopicPartition) -> None:
@@ -389,6 +392,12 @@ class LearnerLoop:
             raise ConfigError(
                 f"learner state {progress.learner} is gone from topic {self._topics.weights} (version "
                 f"{self.model.version} is the newest there); was the topic deleted? Start under a new app.name"
+            )
+        if progress.learner < self._restored and self._failures < OLD_POSITION_TRIES:
+            # A broker that comes back may hand out old ones. It may also be right: another learner had the partition.
+            raise Retryable(
+                f"{tp.topic}-{tp.partition}: the position of group {self._id} belongs to learner state "
+                f"{progress.learner}, and {self._restored} is the newest; it is asked for again"
             )
 
     def _rebuild(self, tp: TopicPartition, offset: int) -> None:

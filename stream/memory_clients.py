@@ -136,13 +136,15 @@ class MemoryConsumer:
 
     def committed(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Position | None]:
         with self._log.lock:
-            if self._log.fault("committed", self.group) is not None:
+            fault, group = self._log.fault("committed", self.group), self._log.group(self.group)
+            if fault is Fault.OLD and group.older:
+                return {partition: group.older[0].get(partition) for partition in partitions}
+            if fault in (Fault.LOSE, Fault.HIDE):
                 raise Retryable(f"injected fault: committed positions of group {self.group}")
             self._log.tick()
             if (holder := self._log.unstable(self.group, partitions)) is not None:
                 raise Retryable(f"an open transaction of {holder!r} holds positions of group {self.group!r}; ask again")
-            positions = self._log.group(self.group).positions
-            return {partition: positions.get(partition) for partition in partitions}
+            return {partition: group.positions.get(partition) for partition in partitions}
 
     def lag(self) -> dict[TopicPartition, int]:
         with self._log.lock:

@@ -35,6 +35,7 @@ class Fault(Enum):
 
     LOSE = "lose"  # the call has no effect
     HIDE = "hide"  # the call has its full effect, but reports failure
+    OLD = "old"  # `committed` only: positions that stood some commits ago, as from a broker that has just come back
 
 
 # Asked as hook(point, who): point is begin, send, flush, send_offsets, commit, abort, poll, committed, read, bounds or
@@ -105,9 +106,11 @@ class Group:
     positions: dict[TopicPartition, Position] = field(default_factory=dict)
     sent: dict[TopicPartition, int] = field(default_factory=dict)  # when each position was sent
     sends: int = 0
+    older: deque[dict[TopicPartition, Position]] = field(default_factory=lambda: deque(maxlen=8))  # before commits
 
     def take(self, positions: Mapping[TopicPartition, tuple[int, Position]]) -> None:
         """Commit positions. As on Kafka, of two the one that was SENT later stands, whichever is committed first."""
+        self.older.append(dict(self.positions))
         for partition, (sent, position) in positions.items():
             if sent > self.sent.get(partition, -1):
                 self.sent[partition] = sent

@@ -20,6 +20,7 @@ from stream import changelog
 from stream.changelog import Kind
 from stream.engine import Engine, PartitionState
 from stream.errors import Corrupt, Retryable
+from stream.progress import Committed
 from stream.state import Arena
 from stream.transport import TopicPartition, Transport
 
@@ -180,5 +181,7 @@ def _fold(engine: Engine, state: PartitionState, block: changelog.Block, where: 
             state.suspects.trim()
     elif block.kind is Kind.GROUP_DELTA:
         state.deltas.append((where, block.payload))
+    elif block.kind is Kind.POSITIONS:
+        state.committed = Committed.load(block.payload, where)
     if block.kind is not Kind.BARRIER:
         state.next_block = max(state.next_block, block.number + 1)

@@ -2,7 +2,7 @@
 
     joining ──assigned──> restoring ──barrier seen──> running ──revoked or lost──> (dropped)
                                           │ ▲
-                           Retryable      ▼ │  committed positions say whether the attempt counts
+                           Retryable      ▼ │  committed positions, or the state log, say whether the attempt counts
                                         resetting
 
 What each error means, by stage:
@@ -13,7 +13,8 @@ What each error means, by stage:
 | poll, look-up | Retryable | puts back what it has gathered, tries again, bounded |
 | process | anything unexpected | halves the batch until one record is left; that one is a dead letter |
 | commit | Rebalanced | aborts, drops the attempt, seeks back what it still owns |
-| commit | Retryable | new producer; committed == attempted: merges; else drops and seeks back; bounded tries |
+| commit | Retryable before the call that ends it | new producer; drops the attempt, seeks back; bounded tries |
+| commit | Retryable | new producer; committed == attempted: merges; else restores the partitions; bounded tries |
 | cleaning | Retryable | leaves it for a later batch |
 | restore | Retryable | tries again, bounded |
 | poll, seek | LostPosition | stops, or goes on where worker.lost_positions says and counts |
@@ -37,12 +38,13 @@ import numpy as np
 from stream import changelog
 from stream import records as out
 from stream.changelog import Kind
-from stream.checkpoint import Checkpoint, OnStep, Progress, TopicNames
+from stream.checkpoint import Checkpoint, OnStep, TopicNames
 from stream.cleaning import LOG_BYTES_MIN, Cleaner
 from stream.config import WorkerSettings
 from stream.engine import Engine, Output, PartitionState, PartitionStep
 from stream.errors import ConfigError, Corrupt, DriftlineError, LostPosition, Rebalanced, Retryable
 from stream.orders import due
+from stream.progress import Progress
 from stream.restore import restore
 from stream.start import EARLIEST, Start
 from stream.state import Records
@@ -396,6 +398,7 @@ class Worker:
 
         Does not return before that is known: with the outcome open, neither the arena nor the positions can be right.
         """
+        sealing = self._checkpoint.sealing
         # With their metadata: a step without input commits the offset that stands there already.
         attempted = self._checkpoint.positions(steps)
         name = "rebalanced" if isinstance(error, Rebalanced) else "commit_failed"
@@ -407,15 +410,16 @@ class Worker:
                 self._producer = self._parts.transport.producer(transactional_id=self._id)
                 if not isinstance(error, Rebalanced):
                     self._sweep(attempted)
-                found = self._consumer.committed(list(attempted))
+                found = self._consumer.committed(list(attempted)) if sealing else {}
                 break
             except Retryable as again:
                 name, error = "outcome_open", again
         equal = [position == attempted[tp] for tp, position in found.items()]
-        outcome = "committed" if all(equal) else "mixed" if any(equal) else "void"
+        # Other positions than ours prove nothing: the new owner of a partition may have gone on since, and a broker
+        # that comes back may hand out old ones. The state log knows: our share is read back.
+        outcome = "void" if not sealing else "committed" if all(equal) else "read_back"
         self._parts.observer.event("commit_settled", outcome=outcome)
-        if outcome == "mixed":
-            # It did commit, and the new owner of another partition has gone on since: read our share back.
+        if outcome == "read_back":
             for partition in sorted({tp.partition for tp in attempted}):
                 self._consumer.pause(self._inputs_of(partition))
                 self._drop(partition)
@@ -475,9 +479,8 @@ class Worker:
 
     def _seek_back(self) -> None:
         """Every partition that we run goes back to its committed position."""
-        tps = [tp for partition in self.states for tp in self._inputs_of(partition)]
-        for tp, position in self._committed(tps).items():
-            self._seek(tp, position.offset if position is not None else None)
+        for tp in [tp for partition in self.states for tp in self._inputs_of(partition)]:
+            self._seek(tp, self._at[tp])
 
     def _seek(self, tp: TopicPartition, offset: int | None) -> None:
         """To the position; where nothing was ever committed, to where a new application begins."""
@@ -604,24 +607,18 @@ class Worker:
         for partition, restoring in list(self._restoring.items()):
             if not restoring.future.done():
                 continue
-            failure: Retryable
             try:
                 state = restoring.future.result()
             except Retryable as error:
-                failure = error
-            else:
-                if state is None or self._take_over(partition, state):
-                    self._restoring.pop(partition, None)
-                    continue
-                failure = Retryable(
-                    f"partition {partition}: the committed position is older than the state committed with it; where "
-                    "that stays so, look at the broker's log of group positions before this worker goes on"
-                )
-            if restoring.attempts > self._parts.settings.retries_max:
-                raise failure
-            self._parts.observer.event("restore_failed", partition=partition, error=str(failure))
-            restoring.attempts += 1
-            restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
+                if restoring.attempts > self._parts.settings.retries_max:
+                    raise
+                self._parts.observer.event("restore_failed", partition=partition, error=str(error))
+                restoring.attempts += 1
+                restoring.future = self._pool.submit(self._restore, partition, restoring.cancelled)
+                continue
+            if state is not None:
+                self._take_over(partition, state)
+            self._restoring.pop(partition, None)
         now_s = self._parts.clock()
         if now_s >= self._next_look_s:  # asking for the lag is a round trip to the log
             self._next_look_s = now_s + LOOK_INTERVAL_S
@@ -632,9 +629,13 @@ class Worker:
                 sum(self._consumer.lag().values()) if self.states else 0,
             )
 
-    def _take_over(self, partition: int, state: PartitionState) -> bool:
-        """False, and nothing is done, where the position is older than the state: a broker that comes back was seen to
-        answer before it had read the group's positions in full, and everything since would be processed again."""
+    def _take_over(self, partition: int, state: PartitionState) -> None:
+        """Go on from where the state log says that the input was read; the group's positions may be older.
+
+        Raises:
+            Retryable: the log says nothing (an older program wrote it) and the group's position is older than the
+                state: it is asked for again.
+        """
         tps = self._inputs_of(partition)
         committed = dict(self._committed(tps))
         if not any(committed.values()):  # a topic that was given more partitions: number 0 knows the old count
@@ -642,23 +643,37 @@ class Worker:
         told = {tp: Progress.load(p.metadata, f"{tp.topic}-{tp.partition}") for tp, p in committed.items() if p}
         for one in filter(None, told.values()):
             self._check_partitions(one)
-        blocks = [found.next_block for tp in tps if (found := told.get(tp)) is not None]
-        if blocks and max(blocks) < state.next_block:
-            return False
+        newest = max((found for tp in tps if (found := told.get(tp)) is not None), key=_blocks, default=None)
+        own = state.committed
+        if own is not None and (newest is None or newest.next_block < own.progress.next_block):
+            self._check_partitions(own.progress)
+        elif own is None and newest is not None and newest.next_block < state.next_block:
+            raise Retryable(
+                f"partition {partition}: the committed position is older than the state committed with it; where that "
+                "stays so, look at the broker's log of group positions before this worker goes on"
+            )
+        elif newest is not None and (own is None or newest.next_block > own.progress.next_block):
+            own = None  # older programs did not say it, or the log has lost its end: the group knows best
+        progress = own.progress if own is not None else newest
+        if progress is not None:
+            self._parts.weights.swap(at_least=progress.weights)
+            state.seen = max(state.seen, progress.seen)
+            state.watermark_ms = max(state.watermark_ms, progress.watermark_ms)
+            state.next_block = max(state.next_block, progress.next_block)
         for tp in tps:
-            position, progress = committed.get(tp), told.get(tp)
-            if progress is not None:
-                self._parts.weights.swap(at_least=progress.weights)
-                state.seen = max(state.seen, progress.seen)
-                state.watermark_ms = max(state.watermark_ms, progress.watermark_ms)
-                state.next_block = max(state.next_block, progress.next_block)
-            self._seek(tp, None if position is None else position.offset)
+            position = committed.get(tp)
+            offset = told_offset = None if position is None else position.offset
+            if own is not None and (position is None or position.metadata):  # else an operator has set it
+                offset = own.offsets.get(tp.topic, told_offset)
+            if offset != told_offset:
+                where = f"{tp.topic}-{tp.partition}"
+                self._parts.observer.event("position_behind", partition=where, group=told_offset, state=offset)
+            self._seek(tp, offset)
         self.states[partition] = state
         if self._cleaner.is_too_long(state):
             self._overlong.add(partition)
         self._consumer.resume(tps)
         self._parts.observer.event("partition_running", partition=partition, users=len(state.arena), seen=state.seen)
-        return True
 
     def _check_partitions(self, progress: Progress) -> None:
         if progress.partitions != self._parts.partitions:
@@ -668,6 +683,10 @@ class Worker:
                 "migrate: new topics (topics.prefix, topics.events), a new app.name, `driftline rekey OLD NEW` for the "
                 "input"
             )
+
+
+def _blocks(progress: Progress) -> int:
+    return progress.next_block
 
 
 def halves(batch: Inputs) -> list[Inputs]:

@@ -8,9 +8,9 @@ Seeds know nothing of one another: the result is the same whatever the number of
 
 A seed decides everything: how many partitions, workers and inputs there are, which faults come and how often, and whose
 turn it is. Everything runs in one thread. Whenever a worker calls the log, or comes to a numbered step of its commit,
-the simulator may kill it there, lose the call, hide its success, or leave it standing while OTHER workers, and its own
-restores, run on, for a moment (a slow commit) or until its session is over (a zombie). Then the faults end, the workers
-drain the input, and the oracle judges:
+the simulator may kill it there, lose the call, hide its success, answer it with positions that are long past, or leave
+it standing while OTHER workers, and its own restores, run on, for a moment (a slow commit) or until its session is over
+(a zombie). Then the faults end, the workers drain the input, and the oracle judges:
 
     I1-I3  each input has one result, none twice, every user's chain is whole
     I4  arena == fold(changelog) == fold(inputs)
@@ -135,13 +135,16 @@ class Faults:
     hide: float
     pause: float
     zombie: float
+    old: float
 
     @staticmethod
     def drawn(rng: random.Random) -> Faults:
         def rate(often: float) -> float:
             return rng.choice([0.0, often / 4, often])
 
-        return Faults(kill=rate(0.008), lose=rate(0.015), hide=rate(0.015), pause=rate(0.02), zombie=rate(0.008))
+        return Faults(
+            kill=rate(0.008), lose=rate(0.015), hide=rate(0.015), pause=rate(0.02), zombie=rate(0.008), old=rate(0.3)
+        )
 
 
 @dataclass
@@ -199,7 +202,13 @@ class World:
     # ------------------------------------------------------------------ faults
 
     def _call(self, point: str, who: str) -> Fault | None:
+        if point == "committed" and self.stack and self._is_due(self.rates.old):
+            self._bite("old", self.stack[-1], point)
+            return Fault.OLD
         return self._maybe(f"{point} {who}".rstrip(), point not in ("poll", "committed", "read", "bounds"))
+
+    def _is_due(self, rate: float) -> bool:
+        return not self.calm and self.budget > 0 and self.rng.random() < rate
 
     def _maybe(self, where: str, changes: bool) -> Fault | None:
         """Before a call or a step: nothing, a kill, a loss, or a pause in which others go on."""

@@ -203,6 +203,35 @@ def test_a_failed_publication_is_taken_back_as_a_whole(fault: Fault) -> None:
     assert len(tally(loop)) == 200 and set(tally(loop).values()) == {1}
 
 
+@pytest.mark.parametrize("lies", [2, 10**6])
+def test_an_old_position_is_asked_for_again(lies: int) -> None:
+    """A broker that comes back may hand out old positions; one that stays is another learner's, and is taken."""
+    log, observer = make_log(100), Silent()
+    loop = learner(log)
+    drain(loop)
+    group = next(g for name, g in log._groups.items() if "learner" in name)
+    old = dict(group.positions)
+    for number in range(100, 200):
+        log.append("events", number % PARTITIONS, iter([digest_event(f"u{number % 13}", number)]))
+    drain(loop)
+    loop.close()
+    newest, group.positions = group.positions, old
+    left = lies
+
+    def faults(point: str, who: str) -> None:
+        nonlocal left
+        left -= point == "committed"
+        if left == 0:
+            group.positions = newest
+
+    log.faults = faults
+    loop = learner(log, observer)
+    drain(loop)
+    twice = sum(count == 2 for count in tally(loop).values())
+    assert "learner_retry" in observer.events and len(tally(loop)) == 200
+    assert twice == (0 if lies == 2 else 100)
+
+
 def test_a_second_learner_fences_the_first() -> None:
     """Two learners of one application never both publish."""
     log = make_log(100)

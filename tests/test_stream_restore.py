@@ -15,9 +15,9 @@ from digest_app import check_arena, create_topics, make_worker, topic_names, ver
 import models.shift_groups
 from stream import changelog, restore
 from stream.changelog import Kind
-from stream.checkpoint import Progress
 from stream.engine import PartitionState
 from stream.errors import ConfigError, Corrupt
+from stream.progress import Progress
 from stream.state import Arena
 from stream.testing import digest_event, read_all
 from stream.transport import Record, TopicPartition, Transport

@@ -136,6 +136,30 @@ def every_failure_is_void(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Worker, "_settle", careless)
 
 
+def trust_in_the_positions_of_the_group(patch: pytest.MonkeyPatch) -> None:
+    take_over = Worker._take_over
+
+    def trusting(self, partition, state):  # type: ignore[no-untyped-def]
+        state.committed, state.next_block = None, 0
+        take_over(self, partition, state)
+
+    patch.setattr(Worker, "_take_over", trusting)
+
+
+def other_positions_mean_void(patch: pytest.MonkeyPatch) -> None:
+    settle = Worker._settle
+
+    def careless(self, steps, error):  # type: ignore[no-untyped-def]
+        states = dict(self.states)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Worker, "_drop", lambda self, partition: None)
+            counts = settle(self, steps, error)
+        assert states.keys() == self.states.keys()
+        return counts
+
+    patch.setattr(Worker, "_settle", careless)
+
+
 def deltas_of_a_table_that_is_gone(patch: pytest.MonkeyPatch) -> None:
     fold = restoring.fold
 
@@ -155,6 +179,8 @@ MUTATIONS = [
     restore_to_the_end_without_a_barrier,
     deletion_before_the_commit,
     every_failure_is_void,
+    trust_in_the_positions_of_the_group,
+    other_positions_mean_void,
     deltas_of_a_table_that_is_gone,
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 import pytest
 from digest_app import AtOnce, Counting, check_arena, create_topics, make_worker, topic_names, verdict_of
@@ -12,6 +12,7 @@ from digest_app import AtOnce, Counting, check_arena, create_topics, make_worker
 from stream.checkpoint import STEPS
 from stream.errors import ConfigError, Corrupt, Fenced, Retryable
 from stream.memory import Fault, ManualClock, MemoryLog
+from stream.progress import Committed
 from stream.testing import DigestEngine, digest_event
 from stream.transport import Position, TopicPartition
 from stream.worker import Worker
@@ -118,41 +119,81 @@ def test_calls_that_fail_with_unknown_outcome(log: MemoryLog, point: str, fault:
     verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
     assert bitten > 0 and sum(observer.outcomes.values()) > 0, "the fault did not bite"
     if point == "commit":
-        assert observer.outcomes["committed" if fault is Fault.HIDE else "void"] > 0
+        assert observer.outcomes["committed" if fault is Fault.HIDE else "read_back"] > 0
+    else:
+        assert observer.outcomes["void"] > 0 and not observer.outcomes["committed"]
     assert verdict.problems == []
     assert check_arena(worker, inputs) == []
 
 
+def two_fills(log: MemoryLog) -> dict[TopicPartition, Position]:
+    """Work off twice, leave; the positions between the two."""
+    worker = worker_on(log)
+    fill(log, random.Random(3), 200)
+    drain(worker)
+    between = dict(log.group("app").positions)
+    fill(log, random.Random(4), 200)
+    drain(worker)
+    worker.close()
+    return between
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["old positions", "no positions"])
+def test_positions_that_the_group_has_forgotten_stand_in_the_state(log: MemoryLog, lost: bool) -> None:
+    """A broker that comes back may hand out old positions, a group unused for days has none: nothing comes twice."""
+    old = two_fills(log)
+    group = log.group("app")
+    newest = dict(group.positions)
+    group.positions = {} if lost else old
+    observer = Counting()
+    worker = worker_on(log, observer=observer)
+    fill(log, random.Random(5), 100)
+    drain(worker)
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert verdict.problems == [] and check_arena(worker, inputs) == []
+    behind = sum(old.get(tp) != position for tp, position in newest.items())
+    assert observer.events["position_behind"] == (len(newest) if lost else behind) > 0
+
+
+def test_a_position_that_an_operator_sets_is_heeded(log: MemoryLog) -> None:
+    """Tools that reset a group's positions leave no metadata: that is a wish, and not an old answer."""
+    two_fills(log)
+    skipped = TopicPartition(NAMES.events[0], 0)
+    fill(log, random.Random(5), 100)
+    end = log.reader().bounds(skipped)[1]
+    log.group("app").positions[skipped] = Position(end)
+    worker = worker_on(log)
+    drain(worker)
+    problems = verdict_of(log, NAMES, PARTITIONS)[0].problems
+    assert problems and not any("2 times" in problem for problem in problems), "skipped records have no result"
+
+
 @pytest.mark.parametrize("lies", [2, 10**6])
-def test_a_position_older_than_the_state_is_asked_for_again(
+def test_a_log_without_positions_asks_again_for_an_old_one(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch, lies: int
 ) -> None:
-    """A broker that comes back may hand out an old position: nothing is answered twice; one that stays old stops."""
-    fill(log, random.Random(3), 200)
-    first = worker_on(log)
-    inputs = [TopicPartition(NAMES.events[0], p) for p in range(PARTITIONS)]
-    drain(first)
-    old = dict(first._committed(inputs))
-    assert all(old.values())
-    fill(log, random.Random(4), 200)
-    drain(first)
-    first.close()
-    real, left = Worker._committed, lies
+    """Of a state log that an older program wrote, only the group knows the positions; one that stays old stops."""
+    monkeypatch.setattr(Committed, "load", lambda payload, where: None)
+    old = two_fills(log)
+    group, newest = log.group("app"), dict(log.group("app").positions)
+    group.positions = dict(old)
+    left = lies
 
-    def committed(self: Worker, tps: Sequence[TopicPartition]) -> Mapping[TopicPartition, Position | None]:
+    def faults(at: str, who: str) -> None:
         nonlocal left
-        left -= 1
-        return {tp: old[tp] for tp in tps} if left >= 0 else real(self, tps)
+        left -= at == "committed"
+        if left == 0:
+            group.positions = newest
 
-    monkeypatch.setattr(Worker, "_committed", committed)
-    second = worker_on(log)
+    log.faults = faults
+    worker = worker_on(log)
     fill(log, random.Random(5), 100)
     if lies == 2:
-        drain(second)
-        assert check_arena(second, verdict_of(log, NAMES, PARTITIONS)[1]) == []
+        drain(worker)
+        assert check_arena(worker, verdict_of(log, NAMES, PARTITIONS)[1]) == []
     else:
         with pytest.raises(Retryable, match="older than the state"):
-            drain(second)
+            drain(worker)
     problems = verdict_of(log, NAMES, PARTITIONS)[0].problems
     assert problems == [] if lies == 2 else not any("2 times" in problem for problem in problems)
 
