@@ -21,8 +21,10 @@ from typing import Any
 from digest_app import create_topics, topic_names
 from digest_worker import open_log
 
+from stream import changelog
 from stream.checkpoint import TopicNames
 from stream.errors import DriftlineError
+from stream.progress import Committed
 from stream.testing import Verdict, digest_event, judge, read_all
 from stream.transport import Record, TopicPartition, Transport
 
@@ -35,8 +37,10 @@ PATIENCE_S = 60.0
 class Watch:
     """A committed reader that runs DURING the faults: it must see what a last reader sees, and nothing else (I2).
 
-    It also notes when results came (I8) and that committed positions never go back (I5). When they came is what the
-    record says; where the workers' clocks cannot be trusted, when it was read here (later by .7 s at most).
+    It also notes when results came (I8) and that positions never go back (I5): those that the transactions say, in the
+    state log. The broker is asked for the group's positions as well, and how often it answers with older ones than
+    before is counted: one that comes back after a kill -9 has been seen to. When results came is what the record says;
+    where the workers' clocks cannot be trusted, when it was read here (later by .7 s at most).
     """
 
     def __init__(self, log: dict[str, Any], names: TopicNames, group: str, *, trust_clocks: bool) -> None:
@@ -46,6 +50,10 @@ class Watch:
         self.sent_ms: dict[int, list[int]] = {}  # when the results of a partition were sent, wall time
         self.problems: list[str] = []
         self.retries = 0
+        self.old_answers = 0  # how often the broker named a position older than one that it had named before
+        self._told: dict[TopicPartition, int] = {}  # by the broker
+        self._said: dict[int, int] = {}  # by the newest transaction of a partition
+        self._state_at: dict[int, int] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -65,7 +73,6 @@ class Watch:
     def _follow(self) -> None:
         transport = open_log(self._log)
         reader = transport.reader()
-        highest: dict[TopicPartition, int] = {}
         positions = _Positions(self._log, self._group, self._names.events[0])
         topics = (self._names.outputs["forecasts"], self._names.outputs["dead_letters"])
         try:
@@ -79,14 +86,27 @@ class Watch:
                         self.sent_ms.setdefault(tp.partition, []).extend(times_ms)
                         self.off_ms = max(self.off_ms, *(abs(record.timestamp - now_ms) for record in found))
                         seen += [(record.offset, record.value) for record in found]
+                for partition in range(PARTITIONS):
+                    self._follow_positions(reader, partition)
                 for tp, offset in positions.ask().items():
-                    if offset < highest.get(tp, 0):
-                        self.problems.append(f"I5: {tp} went back from {highest[tp]} to {offset}")
-                    highest[tp] = offset
+                    self.old_answers += offset < self._told.get(tp, 0)
+                    self._told[tp] = offset
         finally:
             positions.close()
             reader.close()
             transport.close()
+
+    def _follow_positions(self, reader: Any, partition: int) -> None:
+        where = f"{self._names.state}-{partition}"
+        tp = TopicPartition(self._names.state, partition)
+        for record in reader.read(tp, self._state_at.get(partition, 0), 0.12, 5_000):
+            self._state_at[partition] = record.offset + 1
+            block = changelog.decode(record.value, where)
+            if block.kind is changelog.Kind.POSITIONS:
+                (offset,) = Committed.load(block.payload, where).offsets.values()
+                if offset < self._said.get(partition, 0):
+                    self.problems.append(f"I5: {where} went back from {self._said[partition]} to {offset}")
+                self._said[partition] = offset
 
     def close(self, reader: Any, wait_s: float) -> list[str]:
         """End it; what it saw must be what lies there now. A read that brings nothing for `wait_s` is at the end."""
@@ -271,9 +291,12 @@ class Site:
         verdict = judge(inputs, outputs, dead)
         problems = verdict.problems + self.watch.close(reader, wait_s)
         reader.close()
+        if not self.watch._said:
+            problems.append("I5: no position was ever seen in the state log")
         if verdict.outputs + verdict.dead_letters != len(inputs) or len(inputs) < self.acked:
             problems.append(f"I1: {self.acked} acked, {len(inputs)} in, {verdict.outputs}+{verdict.dead_letters} out")
-        return Ended(verdict=verdict, problems=problems, inputs=len(inputs))
+        bit = {"broker answered with old positions": self.watch.old_answers}
+        return Ended(verdict=verdict, problems=problems, inputs=len(inputs), bit=bit)
 
     def close(self) -> None:
         for process in self.processes:

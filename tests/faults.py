@@ -74,6 +74,7 @@ class Row:
         self.inputs += ended.inputs
         self.outputs += ended.verdict.outputs
         self.dead_letters += ended.verdict.dead_letters
+        self.bit.update(ended.bit)
         for problem in ended.problems:
             self.lost += problem.startswith("I1")
             self.doubled += problem.startswith("I2")
