@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,36 @@ class Site:
         assert process.returncode == 0, f"SIGTERM under load must end with 0, not {process.returncode}"
         self.reports.append(json.loads(out.splitlines()[-1]))
         return self.reports[-1]
+
+    def positions(self) -> dict[Any, Any]:
+        """The group's positions on the broker with their metadata, as the client's own types."""
+        with self._client() as client:
+            return {tp: client.committed(tp, metadata=True, timeout_ms=10_000) for tp in self._inputs()}
+
+    def set_positions(self, positions: dict[Any, Any]) -> None:
+        """Commit positions from outside; the broker takes them once the group is empty."""
+        with self._client() as client:
+            client.commit(positions, timeout_ms=10_000)
+
+    def _inputs(self) -> list[Any]:
+        from kafka.structs import TopicPartition as ClientPartition
+
+        return [ClientPartition(self.names.events[0], p) for p in range(PARTITIONS)]
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Any]:
+        from kafka import KafkaConsumer
+
+        servers = [self.log["kafka"]]
+        client = KafkaConsumer(
+            bootstrap_servers=servers, group_id=self.prefix + "app", enable_auto_commit=False,
+            isolation_level="read_committed",
+        )  # fmt: skip
+        try:
+            client.assign(self._inputs())
+            yield client
+        finally:
+            client.close(autocommit=False)
 
     def ended(self) -> Ended:
         """The oracle's verdict on what lies in the log now, beside what the watch saw."""

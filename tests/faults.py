@@ -383,6 +383,29 @@ def expired(bench: Bench, count: int = 4) -> Row:
     return row
 
 
+def old_positions(bench: Bench, count: int = 5) -> Row:
+    """The group's positions go back to what they once were, as after a broker's race in loading them: nothing twice."""
+    row = Row(part="the group's positions go back between two lives", faults=0)
+    with bench.kafka() as site:
+        rng = random.Random(23)
+        life = site.start(settings=SETTINGS)
+        for _ in range(count):
+            site.fill(rng, 300)
+            site.wait_drained(60)
+            old = site.positions()
+            site.fill(rng, 300)
+            site.wait_drained(60)
+            site.stop(life)
+            site.set_positions(old)
+            assert site.positions() == old, "the positions are not back"
+            life = site.start(settings=SETTINGS)
+            back(site, row, rng, 2 * (SESSION_S + TRANSACTION_S))
+        finish(site, row, [life])
+        row.bit["partitions set back"] = count * PARTITIONS
+        assert row.bit["saw position_behind"] >= count * PARTITIONS, "no worker noticed"
+    return row
+
+
 def clocks(bench: Bench, count: int = 4, log: str = "kafka") -> Row:
     """F12: the workers' wall clocks jump by days, each for itself, while they take over from one another.
 
@@ -834,7 +857,7 @@ PARTS: dict[str, Callable[[Bench], Row]] = {
     for part in (
         kills, kills_embedded, takeovers, takeovers_embedded, zombies, zombies_embedded, same_slot, storm,
         storm_embedded, broker_kills, broker_pauses, network, expired, poison, disk_full, disk_full_embedded, terms,
-        clocks, clocks_embedded, moves, named,
+        old_positions, clocks, clocks_embedded, moves, named,
     )
 }  # fmt: skip
 

@@ -59,6 +59,12 @@ def test_records_that_expire_on_their_way_are_not_committed(kafka_bench: Bench) 
     check(faults.expired(kafka_bench, 1))
 
 
+@pytest.mark.kafka
+def test_positions_that_go_back_on_the_broker(kafka_bench: Bench) -> None:
+    """What the group has forgotten stands in the state log: nothing comes twice."""
+    check(faults.old_positions(kafka_bench, 2))
+
+
 def test_clocks_that_jump_on_the_embedded_log(bench: Bench) -> None:
     """Days to and fro, each process by itself, and a takeover: leases, order and outputs stay what they are."""
     check(faults.clocks(bench, 1, "embedded"))
