@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from models.calibration import Calibration, map_of
 from models.features import F32, I64, TYPE_COUNT, U32, EventColumns
 from models.gru import Moments, Network, Step
 from models.inputs import Normaliser
@@ -51,11 +52,19 @@ class Forecaster:
     """One version of the weights, ready to use."""
 
     def __init__(
-        self, network: Network, knowledge: Knowledge, purchases: Purchases, keys_V: U32, names: list[str], version: int
+        self,
+        network: Network,
+        knowledge: Knowledge,
+        purchases: Purchases,
+        calibration: Calibration,
+        keys_V: U32,
+        names: list[str],
+        version: int,
     ) -> None:
         self._network = network
         self._knowledge = knowledge
         self._purchases = purchases
+        self._calibration = calibration
         self._keys_V = keys_V
         self._names = names
         self._log_popularity_V = torch.from_numpy(knowledge.log_popularity_V)
@@ -85,7 +94,8 @@ class Forecaster:
             Normaliser(sums_3M=tensors["normaliser.sums"]),
         )
         purchases = Purchases(tensors["purchases.weight"], tensors["purchases.pairs"])
-        return Forecaster(network, knowledge, purchases, keys_V, weights.names, weights.version)
+        calibration = Calibration(tensors["calibration.slope"], tensors["calibration.information"])
+        return Forecaster(network, knowledge, purchases, calibration, keys_V, weights.names, weights.version)
 
     @property
     def knows_purchases(self) -> bool:
@@ -150,7 +160,7 @@ class Forecaster:
             gap_s = None if gap_s_E is None else gap_s_E[span]
             candidates, moments = self._knowledge.moments(snapshot.take(span), gap_s)
             with torch.inference_mode():
-                for n, parts in enumerate(self._steps(hidden_EH[span], moments, steps)):
+                for n, parts in enumerate(self._steps(hidden_EH[span], candidates, moments, gap_s, steps)):
                     if n == 0:
                         logit_ET = self._network.type_logits(parts.step.state_EH, moments.context_EG)
                         type_ET[span] = torch.softmax(logit_ET, dim=-1).numpy()
@@ -206,7 +216,7 @@ class Forecaster:
             candidates, moments = self._knowledge.moments(snapshot.take(span), gap_s)
             target_row_EN = self._knowledge.find(target_EN[span].reshape(-1)).reshape(-1, steps)
             with torch.inference_mode():
-                for n, parts in enumerate(self._steps(hidden_EH[span], moments, steps)):
+                for n, parts in enumerate(self._steps(hidden_EH[span], candidates, moments, gap_s, steps)):
                     kernel(
                         *parts.arrays(),
                         candidates.row_EC,
@@ -227,7 +237,7 @@ class Forecaster:
             gap_s = None if gap_s_E is None else gap_s_E[span]
             candidates, moments = self._knowledge.moments(snapshot.take(span), gap_s)
             with torch.inference_mode():
-                for n, parts in enumerate(self._steps(hidden_EH[span], moments, steps)):
+                for n, parts in enumerate(self._steps(hidden_EH[span], candidates, moments, gap_s, steps)):
                     yield span, n, candidates, parts
 
     @property
@@ -243,7 +253,9 @@ class Forecaster:
         size = max(1, _CHUNK_NUMBERS // max(1_000, len(self._keys_V)))
         return [slice(i, min(count, i + size)) for i in range(0, count, size)]
 
-    def _steps(self, hidden_EH: F32, moments: Moments, steps: int) -> Any:
+    def _steps(
+        self, hidden_EH: F32, candidates: Candidates, moments: Moments, gap_s_E: F32 | None, steps: int
+    ) -> Iterator[Parts]:
         """The distributions of steps 1..N, one after another."""
         state_EH = self._network.at_moment(torch.from_numpy(np.ascontiguousarray(hidden_EH, np.float32)), moments)
         view = self._network.view(moments)
@@ -251,26 +263,43 @@ class Forecaster:
         for number in range(1, steps + 1):
             step = self._network.step(state_EH, view)
             general_EV = self._network.general(step, moments, lift_EM, self._log_popularity_V, self._crowd_VK)
-            yield Parts(step=step, general_EV=general_EV)
+            parts = Parts.of(step, general_EV)
+            self._calibration.apply(
+                *parts.arrays(), candidates.row_EC, candidates.key_EC, map_of(number, gap_s_E, len(hidden_EH))
+            )
+            yield parts
             if number < steps:
                 state_EH = self._network.next_state(step, view, number + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """One step's distribution as the network gives it: its mixture is not built where it is not needed."""
+    """One step's distribution: the mixture is not built where it is not needed.
+
+    Attributes:
+        step: as the network gives it.
+        general_EV, copied_EC, rest_E: probabilities of the vocabulary and of the candidates, and what all of the former
+            weigh. The gate's share is in those of the candidates already.
+    """
 
     step: Step
-    general_EV: torch.Tensor
+    general_EV: F32
+    copied_EC: F32
+    rest_E: F32
+
+    @staticmethod
+    def of(step: Step, general_EV: torch.Tensor) -> Parts:
+        """As the network gives them."""
+        return Parts(
+            step=step,
+            general_EV=general_EV.cpu().numpy(),
+            copied_EC=torch.exp(step.copy_EC + step.log_gate_E.unsqueeze(1)).cpu().numpy(),
+            rest_E=torch.exp(step.log_rest_E).cpu().numpy(),
+        )
 
     def arrays(self) -> tuple[F32, F32, F32]:
-        """Probabilities: of the vocabulary (E, V) and of the candidates (E, C), and what all of the former weigh (E,).
-
-        The gate's share is in those of the candidates already.
-        """
-        step = self.step
-        copied_EC = torch.exp(step.copy_EC + step.log_gate_E.unsqueeze(1))
-        return self.general_EV.numpy(), copied_EC.numpy(), torch.exp(step.log_rest_E).numpy()
+        """The probabilities, as kernels take them."""
+        return self.general_EV, self.copied_EC, self.rest_E
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,6 +348,7 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
         network = Network(settings, 0)
     tensors: Tensors = {f"network.{n}": t.detach().numpy() for n, t in network.state_dict().items()}
     successors, purchases = Successors.empty(settings.successors), Purchases.empty()
+    calibration = Calibration.empty()
     tensors |= {
         "vocabulary.keys": np.zeros(0, np.uint32),
         "vocabulary.popularity": np.zeros(0, np.float32),
@@ -329,6 +359,8 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
         "successors.stay": successors.stay_V,
         "purchases.weight": purchases.weight_V,
         "purchases.pairs": purchases.pairs_22,
+        "calibration.slope": calibration.slope_MK,
+        "calibration.information": calibration.information_MKK,
         "normaliser.sums": Normaliser.initial().sums_3M,
     }
     return Weights(version=0, settings=settings, tensors=tensors)

@@ -34,6 +34,7 @@ def judge(
     row_EN = forecaster.rows(target_EN.reshape(-1)).reshape(target_EN.shape)
     kernel: Any = _judge
     errors: Any = _share_errors
+    add: Any = _add
     general_sum_EV = copied_sum_EC = mass_E = np.zeros(0, np.float32)
     for span, n, candidates, parts in forecaster.distributions(hidden_EH, snapshot, gap_s_E, steps):
         general_EV, copied_EC, rest_E = parts.arrays()
@@ -42,16 +43,14 @@ def judge(
             np.ascontiguousarray(target_EN[span, n]), np.ascontiguousarray(row_EN[span, n]),
             judged.rank_EN[span, n], judged.top_EN[span, n],
         )  # fmt: skip
-        copied = np.where(candidates.key_EC != 0, copied_EC, 0.0)
-        general = general_EV * rest_E[:, None]
-        rest = rest_E if general.shape[1] else np.zeros(len(rest_E), np.float32)
+        copied_EC = np.where(candidates.key_EC != 0, copied_EC, 0.0)
         if n == 0:
-            general_sum_EV, copied_sum_EC, mass_E = general, copied, rest + copied.sum(1)
-        else:
-            general_sum_EV += general
-            copied_sum_EC += copied
-            mass_E = mass_E + rest + copied.sum(1)
-        square_E = np.einsum("ev,ev->e", general_sum_EV, general_sum_EV)
+            general_sum_EV, copied_sum_EC = np.zeros_like(general_EV), np.zeros_like(copied_EC)
+            mass_E = np.zeros_like(rest_E)
+        copied_sum_EC += copied_EC
+        mass_E += copied_EC.sum(1)
+        square_E = np.zeros_like(rest_E)
+        add(general_EV, rest_E, general_sum_EV, mass_E, square_E)
         errors(
             general_sum_EV, square_E, copied_sum_EC, mass_E, candidates.row_EC, candidates.key_EC,
             np.ascontiguousarray(target_EN[span]), np.ascontiguousarray(row_EN[span]), n + 1,
@@ -120,6 +119,22 @@ def _judge(
         for c in range(slots):
             if row_EC[e, c] >= 0:
                 candidate[row_EC[e, c]] = False
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+def _add(general_EV: F32, rest_E: F32, sum_EV: F32, mass_E: F32, square_E: F32) -> None:
+    """Add a step's probabilities of the vocabulary to the sums and to what they weigh; sums of squares of the sums."""
+    count, rows = general_EV.shape
+    for e in range(count):
+        mass = square = np.float32(0.0)
+        for v in range(rows):
+            p = rest_E[e] * general_EV[e, v]
+            together = sum_EV[e, v] + p
+            sum_EV[e, v] = together
+            mass += p
+            square += together * together
+        mass_E[e] += mass
+        square_E[e] = square
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

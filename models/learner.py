@@ -23,10 +23,11 @@ from river.drift import ADWIN
 from torch import Tensor, nn
 from torch.nn import functional as f
 
+from models.calibration import MAPS, Calibration, map_of
 from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
 from models.dedupe import first_sightings
 from models.features import F32, I64, U32, U64, EventColumns
-from models.forecaster import Forecaster, initial_weights
+from models.forecaster import Forecaster, Parts, initial_weights
 from models.gru import (
     COUNTED_COUNT,
     NEVER,
@@ -55,6 +56,8 @@ _BATCH_EVENTS = 4_096  # larger batches are taken in parts
 _LOSSES_KEPT = 1_024  # from which the drift detector is rebuilt after a restart
 _HORIZON_WEIGHT = 0.3
 _TYPE_WEIGHT = 0.1
+_CALIBRATED_EVERY = 2  # gradient steps; outcomes of all events would say no more
+_CALIBRATED_NUMBERS, _CALIBRATED_MIN = 400_000, 8  # probabilities that are looked at for it, forecasts at least
 _OTHER_PAIRS = 4  # interests beside the user's own at each moment of a purchase's forecast, half of them followers
 
 
@@ -175,6 +178,7 @@ class Learner:
             tensors["successors.stay"].copy(),
         )
         self._purchases = Purchases(tensors["purchases.weight"].copy(), tensors["purchases.pairs"].copy())
+        self._calibration = Calibration(tensors["calibration.slope"].copy(), tensors["calibration.information"].copy())
         self._normaliser = Normaliser(sums_3M=tensors["normaliser.sums"])
         self._groups = GroupTable(ShiftSettings())
         self._users = Users(learning.users_max)
@@ -321,6 +325,8 @@ class Learner:
 
     def _step(self, number_B: I64) -> float:
         """One gradient step; the mean loss of the new events, NaN where it was skipped."""
+        if not self._optimiser.steps % _CALIBRATED_EVERY:
+            self._calibrate(number_B, self._optimiser.steps // _CALIBRATED_EVERY)
         replayed = self._replay(round(len(number_B) * self._learning.replay_share))
         loss, new_loss = self._loss(number_B, replayed)
         if loss is None:
@@ -331,6 +337,53 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         boost = self._learning.drift_boost if self._boost_steps else 1.0
         return new_loss if self._optimiser.step(boost) else float("nan")
+
+    def _calibrate(self, number_B: I64, turn: int) -> None:
+        """Learn maps of probabilities from what was forecast of these events, before anything is learned from them.
+
+        Each is asked for twice: as the next event at its time, and, as forecasts are published, at a time not known, as
+        that of another step. Dropout has no part in it.
+
+        Args:
+            turn: counts up; the other step goes round with it.
+        """
+        learning, history, network = self._learning, self._history, self._network
+        most = max(_CALIBRATED_MIN, _CALIBRATED_NUMBERS // max(1, len(self._knowledge.popularity_V)))
+        number_B = number_B[:most]
+        back = turn % min(learning.horizon_steps, MAPS - 1)
+        row_BK, count_B = history.before(number_B, max(1, back))
+        far = np.flatnonzero(count_B >= back)
+        next_B = number_B % history.capacity
+        row_L = row_BK[far, back - 1] if back else next_B[far]
+        row_E = np.concatenate([next_B, row_L])
+        gap_s_E = np.concatenate([history.gap_s[next_B], np.full(len(far), np.nan, np.float32)])
+        target_E = history.interest[np.concatenate([next_B, next_B[far]])]
+        candidates, moments = self._moments(row_E, gap_s_E)
+        with torch.no_grad():
+            view = network.view(moments)
+            step = network.step(network.at_moment(self._tensor(history.hidden[row_E]), moments), view)
+            near = len(next_B) if back else len(row_E)
+            self._learn_maps(
+                step.first(near), view.first(near), candidates.part(0, near), target_E[:near], 1, gap_s_E[:near]
+            )
+            if near == len(row_E):
+                return
+            step, view = step.after(near), view.after(near)
+            for number in range(2, back + 2):
+                step = network.step(network.next_state(step, view, number), view)
+            self._learn_maps(step, view, candidates.part(near, len(row_E)), target_E[near:], back + 1, None)
+
+    def _learn_maps(
+        self, step: Step, view: View, candidates: Candidates, target_E: U32, number: int, gap_s_E: F32 | None
+    ) -> None:
+        """The maps of some forecasts of step `number`, from what came."""
+        log_popularity_V = self._tensor(self._knowledge.log_popularity_V)
+        lift_EM, crowd_VK = view.moments.lift(log_popularity_V), self._tensor(self._knowledge.crowd_VK)
+        parts = Parts.of(step, self._network.general(step, view.moments, lift_EM, log_popularity_V, crowd_VK))
+        self._calibration.learn(
+            *parts.arrays(), candidates.row_EC, candidates.key_EC, target_E, self._vocabulary.find(target_E),
+            map_of(number, gap_s_E, len(target_E)),
+        )  # fmt: skip
 
     def _replay(self, count: int) -> I64:
         """Older events, rare interests before common ones."""
@@ -626,7 +679,13 @@ class Learner:
         if self._device.type != "cpu":
             network = self._copy = self._copy or self._copied()
         return Forecaster(
-            network, self._knowledge, self._purchases, self._vocabulary.keys, self._vocabulary.names, self.version
+            network,
+            self._knowledge,
+            self._purchases,
+            self._calibration.copied(),
+            self._vocabulary.keys,
+            self._vocabulary.names,
+            self.version,
         )
 
     def _copied(self) -> Network:
@@ -654,6 +713,8 @@ class Learner:
             "successors.stay": self._successors.stay_V[:rows].copy(),
             "purchases.weight": self._purchases.weight_V[:rows].copy(),
             "purchases.pairs": self._purchases.pairs_22.copy(),
+            "calibration.slope": self._calibration.slope_MK.copy(),
+            "calibration.information": self._calibration.information_MKK.copy(),
             "normaliser.sums": self._normaliser.sums_3M,
         }
         return Weights(

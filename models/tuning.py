@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from models.adapters import AdapterOptimiser, adapt, merged, trained_share
+from models.calibration import Calibration
 from models.features import F32, I64, U32, U64, EventColumns
 from models.forecaster import Forecaster
 from models.gru import Network
@@ -85,7 +86,7 @@ class Trainee(Learner):
     """A Learner that may have adapters, may start passes anew, and can be kept whole, histories included."""
 
     _first_row: int | None = None  # with adapters: rows of the vocabulary before this one stay as they are
-    _origin: tuple[bytes, Successors, Purchases, Normaliser] | None = None
+    _origin: tuple[bytes, Successors, Purchases, Calibration, Normaliser] | None = None
 
     # ------------------------------------------------------------------ from trained weights
 
@@ -121,6 +122,7 @@ class Trainee(Learner):
         self._vocabulary = Vocabulary(self._learning)
         self._successors = Successors.empty(self._settings.successors)
         self._purchases = Purchases.empty()
+        self._calibration = Calibration.empty()
         self._normaliser = Normaliser.initial()
         self._know()
 
@@ -136,8 +138,8 @@ class Trainee(Learner):
             return super().forecaster()
         # With the adapters merged in once, not at each use.
         return Forecaster(
-            self._copied(), self._knowledge, self._purchases, self._vocabulary.keys, self._vocabulary.names,
-            self.version,
+            self._copied(), self._knowledge, self._purchases, self._calibration.copied(), self._vocabulary.keys,
+            self._vocabulary.names, self.version,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ passes
@@ -145,14 +147,19 @@ class Trainee(Learner):
     def begin_pass(self) -> None:
         """Back to the start of the stream: users, histories and counts as they were at the first call."""
         if self._origin is None:
-            counts = _copied(self._successors), self._purchases.copied(), self._normaliser
+            counts = _copied(self._successors), self._purchases.copied(), self._calibration.copied(), self._normaliser
             self._origin = (self._vocabulary.to_bytes(), *counts)
-        vocabulary, successors, purchases, self._normaliser = self._origin
-        self._purchases = purchases.copied()
+        vocabulary, successors, purchases, calibration, self._normaliser = self._origin
+        self._purchases, self._calibration = purchases.copied(), calibration.copied()
         self._vocabulary = Vocabulary.from_bytes(vocabulary, self._learning)
         self._successors = _copied(successors)
         self._forget_all()
         self._know()
+
+    def _calibrate(self, number_B: I64, turn: int) -> None:
+        """With passes, see `hold`."""
+        if self._origin is None:
+            super()._calibrate(number_B, turn)
 
     def _forget_all(self) -> None:
         self._users = Users(self._learning.users_max)
@@ -166,7 +173,10 @@ class Trainee(Learner):
         self._count(self._waiting.take(len(self._waiting)))
 
     def hold(self, user_key_B: U64, events: EventColumns, names: Mapping[int, str], id_hash_B: U32 | None) -> Held:
-        """Forecast each event from the record before it, then count it; no gradients."""
+        """Forecast each event from the record before it, then count it; no gradients.
+
+        Maps of probabilities are learned here alone when there are passes: what a pass meets again was learned from.
+        """
         self.observe(user_key_B, events, names, id_hash_B=id_hash_B)
         number_E = self._waiting.take(len(self._waiting))
         if not len(number_E):
@@ -176,6 +186,9 @@ class Trainee(Learner):
         rank_EN, p_EN = self.forecaster().rank_and_probability(
             hidden_EH, self._history.snapshot(row_E), self._history.gap_s[row_E], self._history.interest[row_E][:, None]
         )
+        for start in range(0, len(number_E), self._learning.step_events):
+            some = number_E[start : start + self._learning.step_events]
+            super()._calibrate(some, int(some[0]) // self._learning.step_events)
         self._count(number_E)
         rank_E: I64 = rank_EN[:, 0]
         known = rank_E > 0
@@ -200,6 +213,8 @@ class Trainee(Learner):
         lists = {n: getattr(self._successors, n) for n in ("follower_VM", "weight_VM", "total_V", "stay_V")}
         arrays |= {f"successors.{n}": values for n, values in lists.items()}
         arrays["purchases.weight"], arrays["purchases.pairs"] = self._purchases.weight_V, self._purchases.pairs_22
+        arrays["calibration.slope"] = self._calibration.slope_MK
+        arrays["calibration.information"] = self._calibration.information_MKK
         arrays["normaliser.sums"] = self._normaliser.sums_3M
         network = {n: t.detach().cpu().contiguous() for n, t in self._network.state_dict().items()}
         facts = _Facts(
@@ -247,6 +262,8 @@ class Trainee(Learner):
         lists = (arrays[f"successors.{n}"].copy() for n in ("follower_VM", "weight_VM", "total_V", "stay_V"))
         self._successors = Successors(*lists)
         self._purchases = Purchases(arrays["purchases.weight"].copy(), arrays["purchases.pairs"].copy())
+        slope_MK, information_MKK = arrays["calibration.slope"].copy(), arrays["calibration.information"].copy()
+        self._calibration = Calibration(slope_MK, information_MKK)
         self._normaliser = Normaliser(sums_3M=arrays["normaliser.sums"])
         self._random.bit_generator.state = msgspec.json.decode(told.random)
         self._waiting.ranges = deque(told.waiting)
