@@ -104,7 +104,9 @@ class Cleaner:
                 break
             if written is None:
                 written = np.sort(step.records["key"])
-            rewritten.append(self._rewrite(state, step, block, written))
+            alive = self._rewrite(state, step, block, written)
+            if len(alive):
+                rewritten.append(alive)
             head.before = offset + 1
             head.freed += size
             log_bytes -= size
@@ -170,7 +172,8 @@ class Cleaner:
             alive = state.suspects.alive(block.records)
             if step.gone is not None:  # forgotten by this very step
                 alive = alive[~np.isin(alive["key"], step.gone)]
-            step.evidence = np.concatenate([step.evidence, alive])
+            if len(alive):
+                step.evidence = np.concatenate([step.evidence, alive])
         elif block.kind is Kind.USERS and block.records is not None:
             keys = block.records["key"].astype(np.uint64)
             keys = keys[state.arena.block_of(keys) == block.number]
