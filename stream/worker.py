@@ -25,6 +25,7 @@ What each error means, by stage:
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,6 +54,7 @@ from stream.transport import GroupConsumer, Polled, Position, Producer, Record, 
 log = logging.getLogger(__name__)
 
 SWEEP_AFTER = 3  # looks at positions that an open transaction holds
+LOOKS_MAX = 6  # then the state log's own word will do, where it has one
 LOOK_INTERVAL_S = 1.0  # how often lag and users are reported
 
 Inputs = dict[TopicPartition, list[Record]]
@@ -173,6 +175,7 @@ class Worker:
         self._waiting: dict[TopicPartition, Record] = {}  # orders whose time has not come; their partitions are paused
         self._overlong: set[int] = set()  # partitions taken over with a state log that is too long
         self._uncommitted: set[int] = set()  # partitions that began somewhere and have no position yet
+        self._unanswered = False  # whether the group's positions could not be had when they were last asked for
 
     # ------------------------------------------------------------------ the loop
 
@@ -439,15 +442,25 @@ class Worker:
         else:
             self._parts.sleep(pause_s)
 
-    def _committed(self, tps: Sequence[TopicPartition]) -> Mapping[TopicPartition, Position | None]:
-        """Stable committed positions; waits, bounded, while an open transaction holds them."""
-        while True:
+    def _committed(self, tps: Sequence[TopicPartition], looks_max: float) -> Mapping[TopicPartition, Position | None]:
+        """Stable committed positions; waits, bounded, while an open transaction holds them. None after so many looks.
+
+        A broker that has read its group log by halves may hold a transaction for open that is long over.
+        """
+        looks = 0
+        while looks < looks_max:
             try:
-                return self._consumer.committed(tps)
+                committed = self._consumer.committed(tps)
             except Retryable as error:
+                looks += 1
                 self._back_off("positions_unstable", error, "look")
                 if self._failures["look"] >= SWEEP_AFTER:
                     self._sweep_or_renew(tps)
+            else:
+                self._unanswered = False
+                return committed
+        self._unanswered = True
+        return {}
 
     def _sweep_or_renew(self, tps: Sequence[TopicPartition]) -> None:
         """Sweep where nothing is at stake: a failure costs the producer, and what it leaves open ends with it."""
@@ -637,14 +650,15 @@ class Worker:
                 state: it is asked for again.
         """
         tps = self._inputs_of(partition)
-        committed = dict(self._committed(tps))
-        if not any(committed.values()):  # a topic that was given more partitions: number 0 knows the old count
-            committed |= self._committed([TopicPartition(tp.topic, 0) for tp in tps])
+        own = state.committed
+        looks_max = math.inf if own is None else 1 if self._unanswered else LOOKS_MAX
+        committed = dict(self._committed(tps, looks_max))
+        if own is None and not any(committed.values()):  # more partitions than there were: number 0 knows the old count
+            committed |= self._committed([TopicPartition(tp.topic, 0) for tp in tps], looks_max)
         told = {tp: Progress.load(p.metadata, f"{tp.topic}-{tp.partition}") for tp, p in committed.items() if p}
         for one in filter(None, told.values()):
             self._check_partitions(one)
         newest = max((found for tp in tps if (found := told.get(tp)) is not None), key=_blocks, default=None)
-        own = state.committed
         if own is not None and (newest is None or newest.next_block < own.progress.next_block):
             self._check_partitions(own.progress)
         elif own is None and newest is not None and newest.next_block < state.next_block:

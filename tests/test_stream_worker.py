@@ -15,7 +15,7 @@ from stream.memory import Fault, ManualClock, MemoryLog
 from stream.progress import Committed
 from stream.testing import DigestEngine, digest_event
 from stream.transport import Position, TopicPartition
-from stream.worker import Worker
+from stream.worker import LOOKS_MAX, Worker
 
 NAMES = topic_names()
 PARTITIONS = 3
@@ -153,6 +153,26 @@ def test_positions_that_the_group_has_forgotten_stand_in_the_state(log: MemoryLo
     assert verdict.problems == [] and check_arena(worker, inputs) == []
     behind = sum(old.get(tp) != position for tp, position in newest.items())
     assert observer.events["position_behind"] == (len(newest) if lost else behind) > 0
+
+
+def test_positions_that_stay_unstable_stand_in_the_state(log: MemoryLog) -> None:
+    """A broker that has read its group log by halves may hold a dead worker's transaction for open: we go on."""
+    two_fills(log)
+    asked = 0
+
+    def faults(at: str, who: str) -> Fault | None:
+        nonlocal asked
+        asked += at == "committed"
+        return Fault.LOSE if at == "committed" else None
+
+    log.faults = faults
+    observer = Counting()
+    worker = worker_on(log, observer=observer)
+    fill(log, random.Random(5), 100)
+    drain(worker)
+    assert asked == observer.events["positions_unstable"] >= LOOKS_MAX + PARTITIONS - 1
+    verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
+    assert verdict.problems == [] and check_arena(worker, inputs) == []
 
 
 def test_a_position_that_an_operator_sets_is_heeded(log: MemoryLog) -> None:
