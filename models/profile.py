@@ -345,6 +345,7 @@ def _parameters(settings: ShiftSettings, rule: Rule, emission: EmissionSettings 
         age_min=settings.age_min_events,
         refractory=settings.refractory_events,
         hold_share=rule.hold_share,
+        hold_spreads=rule.hold_spreads,
         kept_share=rule.kept_share,
         usual_guarded=rule.usual_guarded,
         policy=_POLICIES[due.policy] if emission else _NEVER,
@@ -352,5 +353,5 @@ def _parameters(settings: ShiftSettings, rule: Rule, emission: EmissionSettings 
         max_age_ms=int(due.max_age_s * 1_000),
         change_margin=due.change_margin,
         recent_decay=due.recent_decay,
-        coefficients_F=np.array(rule.coefficients),
+        coefficients_F=rule.coefficients_F(),
     )

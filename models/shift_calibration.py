@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from models.features import I64, U32, EventColumns
 from models.profile import Advanced, replay
-from models.shift_rule import AGES, UNIT_ENDLESS, Rule, fixed_rule
+from models.shift_rule import AGES, SPREADS_ENDLESS, UNIT_ENDLESS, Rule, fixed_rule
 from models.walk import FEATURE_COUNT, user_dtype_of
 
 if TYPE_CHECKING:
@@ -58,11 +58,15 @@ _GROWTH_MIN, _GROWTH_MAX = 0.3, 0.9  # powers of the events between alarms with 
 _FAR = 3.0  # times the events between alarms that were matched
 _USUAL = 6
 _FEATURES = (0, 1, 2, 3, 4, 5, 7)
+_UNUSUAL = 8
 _USUAL_SHARES = (0.15, 0.3)  # of the mean, at least
 _PLANTED_WEIGHT = 0.05  # of the mean delay on synthetic users: they decide where real ones hardly do
 _PLANTED_USERS = 60
 _PLANTED_INTERESTS = 12
 _DRIFTS = (0.0, 0.15, 0.3)  # taken from a learned ratio, nats
+_SHORT_SHARES = (0.0, 0.3)
+_HOLD_STRICT = 1 / 3  # of the setting
+_HOLD_SPREADS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -445,7 +449,8 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
             finer = _finer_features(best[1]) if kind == "learned" else _finer_drifts(best[1], settings)
             found.append(min(best, trial.best(finer), key=lambda judged: judged[0]))
     best = min(found, key=lambda judged: judged[0])
-    best = min(best, trial.best(_finer_memories(best[1])), key=lambda judged: judged[0])
+    for finer in (_finer_memories(best[1]), _finer_guards(best[1], settings)):
+        best = min(best, trial.best(finer), key=lambda judged: judged[0])
     folds, rule = trial.folds(best[1] if math.isfinite(best[0]) else replace(best[1], features=()))
     return match_ages(folds, match(folds, rule, settings, settings.false_alarm_events), settings)
 
@@ -471,6 +476,7 @@ class Choice:
     unit_events: int = UNIT_ENDLESS
     half_life_events: float
     hold_share: float
+    hold_spreads: float = SPREADS_ENDLESS
 
 
 def memory_of(histories: Histories, settings: ShiftSettings) -> float:
@@ -501,9 +507,14 @@ def _first_choices(histories: Histories, settings: ShiftSettings, *, learned: bo
                 hold_share=settings.hold_share,
             )
             if learned:
-                yield replace(plain, features=_FEATURES)
+                strict = replace(plain, hold_share=_HOLD_STRICT * settings.hold_share)
+                for short_share in _SHORT_SHARES:
+                    if by_session:
+                        yield replace(strict, features=_FEATURES, short_share=short_share, hold_spreads=_HOLD_SPREADS)
+                    else:  # a single event says little of what is usual
+                        yield replace(strict, features=(*_FEATURES, _UNUSUAL), short_share=short_share)
                 continue
-            for short_share in (0.0, 0.3):
+            for short_share in _SHORT_SHARES:
                 for kappa in (settings.kappa, 2.5 * settings.kappa):
                     yield replace(plain, short_share=short_share, kappa=kappa)
 
@@ -512,21 +523,29 @@ def _finer_features(best: Choice) -> Iterator[Choice]:
     for drift in _DRIFTS:
         yield replace(best, drift=drift)
         for usual_share in _USUAL_SHARES:
-            yield replace(best, features=(*_FEATURES, _USUAL), usual_share=usual_share, drift=drift)
+            yield replace(best, features=(*best.features, _USUAL), usual_share=usual_share, drift=drift)
 
 
 def _finer_drifts(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
     """More drift where users come in bursts: evidence dies down sooner, and the threshold is lower."""
     for factor in (2.5, 5.0):
-        for short_share in (0.0, 0.3):
+        for short_share in _SHORT_SHARES:
             yield replace(best, plain_drift=factor * settings.drift, short_share=short_share)
 
 
 def _finer_memories(best: Choice) -> Iterator[Choice]:
-    """How long the slow profile remembers, and from which evidence on it is held."""
+    """How long the slow profile remembers."""
     for factor in (0.5, 4.0):
         yield replace(best, half_life_events=best.half_life_events * factor)
-    yield replace(best, hold_share=2.0 * best.hold_share)
+
+
+def _finer_guards(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
+    """From which evidence on the slow profile is held, and how unusual a unit must be for it."""
+    for factor in (1.0, 2.0):
+        yield replace(best, hold_share=factor * settings.hold_share, hold_spreads=SPREADS_ENDLESS)
+    for factor in (0.0, _HOLD_STRICT):
+        for spreads in (0.5 * _HOLD_SPREADS, _HOLD_SPREADS, SPREADS_ENDLESS):
+            yield replace(best, hold_share=factor * settings.hold_share, hold_spreads=spreads)
 
 
 def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
@@ -540,7 +559,7 @@ def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
         half_life_events=choice.half_life_events,
         hold_share=choice.hold_share,
     )
-    return msgspec.structs.replace(rule, usual_guarded=choice.usual_guarded)
+    return msgspec.structs.replace(rule, usual_guarded=choice.usual_guarded, hold_spreads=choice.hold_spreads)
 
 
 def _rule(choice: Choice, settings: ShiftSettings, own_and_foreign: tuple[F64, F64]) -> Rule:

@@ -5,6 +5,7 @@ Beside the way of an event: models/shift_suites.py measures detectors on these.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,55 +17,80 @@ from models.shift_calibration import Histories, Splices, session_starts
 if TYPE_CHECKING:
     from models.shift import ShiftSettings
 
+_PAUSE_MS = 8 * 3_600_000  # between sessions that did not follow one another
 
-def softened(made: Splices, settings: ShiftSettings, seed: int) -> Splices:
+
+def softened(made: Splices, histories: Histories, settings: ShiftSettings, seed: int) -> Splices:
     """S2: after the shift the user's own sessions go on between the foreign ones: half and half, or more
     and more foreign.
 
-    Every other splice is partial (each later session is foreign with probability 1/2), the rest gradual (0.2, 0.4, ...,
-    1). The user's own sessions are drawn from the last ones before the shift.
+    The first session after the shift is foreign. Every other splice is partial (each later session is foreign with
+    probability 1/2), the rest gradual (0.4, 0.6, 0.8, 1). The user's own sessions are those that followed in truth, in
+    their order: repeated ones would be a change by themselves, which a two-sided detector finds without any foreign
+    session. Splices with less than half a window of the user's own events left are dropped.
+
+    Args:
+        histories: what `made` was spliced from.
     """
     rng = np.random.default_rng(seed)
-    runs = made.runs
-    starts = session_starts(runs, settings)
-    first = runs.first
-    index: list[I64] = []
-    times: list[I64] = []
+    runs, first, own_first = made.runs, made.runs.first, histories.first
+    foreign_starts, own_starts = session_starts(runs, settings), session_starts(histories, settings)
+    kept: list[int] = []
+    parts: list[Histories] = []
     for r in range(runs.users):
-        begin, cut, end = int(first[r]), int(first[r] + made.at[r]), int(first[r + 1])
-        mine = starts[(starts >= begin) & (starts < cut)]
-        edges = np.append(starts[(starts > cut) & (starts < end)], end)
-        foreign = list(zip(np.append(cut, edges[:-1]).tolist(), edges.tolist(), strict=True))
-        own_ends = np.append(mine[1:], cut)
-        picked = [np.arange(begin, cut)]
-        lengths, now = 0, 0
-        while lengths < made.window and foreign and now < 4 * made.window:
-            share = 0.5 if r % 2 else min(1.0, 0.2 * (now + 1))
-            now += 1
-            if rng.random() < share or not len(mine):
-                a, b = foreign[now % len(foreign)] if now > len(foreign) else foreign[now - 1]
-            else:
-                j = int(rng.integers(max(0, len(mine) - 10), len(mine)))
-                a, b = int(mine[j]), int(own_ends[j])
-            picked.append(np.arange(a, b))
-            lengths += b - a
-        chosen = np.concatenate(picked)[: made.at[r] + made.window]
-        gaps_ms = np.diff(runs.time_ms[chosen], prepend=runs.time_ms[chosen[0]])
-        jump = np.diff(chosen, prepend=chosen[0]) != 1
-        jump[0] = False
-        gaps_ms[jump] = 8 * 3_600_000
-        index.append(chosen)
-        times.append(runs.time_ms[begin] + np.cumsum(np.maximum(gaps_ms, 0)))
-    if not index:
+        cut, end = int(first[r] + made.at[r]), int(first[r + 1])
+        own_cut, own_end = int(own_first[made.owner[r]] + made.at[r]), int(own_first[made.owner[r] + 1])
+        if own_end - own_cut < made.window // 2:
+            continue
+        foreign = _pieces(runs, foreign_starts, cut, end)
+        own = _pieces(histories, own_starts, own_cut, own_end)
+        after: list[Histories] = []
+        length = 0
+        while length < made.window and foreign:
+            share = 0.5 if r % 2 else min(1.0, 0.2 * (len(after) + 1))
+            theirs = not after or not own or rng.random() < share
+            after.append((foreign if theirs else own).pop(0))
+            length += len(after[-1])
+        parts.append(_in_a_row([_part(runs, int(first[r]), cut), *after], len(kept), int(made.at[r]) + made.window))
+        kept.append(r)
+    if not kept:
         return made
-    joined = np.concatenate(index)
     soft = Histories(
-        user=np.repeat(np.arange(len(index)), [len(i) for i in index]),
-        interest=runs.interest[joined],
-        time_ms=np.concatenate(times),
-        share=runs.share[joined],
+        user=np.concatenate([part.user for part in parts]),
+        interest=np.concatenate([part.interest for part in parts]),
+        time_ms=np.concatenate([part.time_ms for part in parts]),
+        share=np.concatenate([part.share for part in parts]),
     )
-    return replace(made, runs=soft)
+    return replace(made, runs=soft, at=made.at[kept], owner=made.owner[kept])
+
+
+def _part(histories: Histories, begin: int, end: int) -> Histories:
+    where = slice(begin, end)
+    return Histories(
+        user=histories.user[where],
+        interest=histories.interest[where],
+        time_ms=histories.time_ms[where],
+        share=histories.share[where],
+    )
+
+
+def _pieces(histories: Histories, starts: I64, begin: int, end: int) -> list[Histories]:
+    """The sessions between two places."""
+    edges = [begin, *starts[(starts > begin) & (starts < end)].tolist(), end]
+    return [_part(histories, a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _in_a_row(pieces: list[Histories], user: int, events_max: int) -> Histories:
+    """The first events of the pieces as one user's history: within a piece the times pass as they did."""
+    gaps_ms = [np.append(_PAUSE_MS, np.diff(piece.time_ms)) for piece in pieces]
+    gaps_ms[0][0] = 0
+    joined = Histories(
+        user=np.full(sum(map(len, pieces)), user),
+        interest=np.concatenate([piece.interest for piece in pieces]),
+        time_ms=pieces[0].time_ms[0] + np.cumsum(np.maximum(np.concatenate(gaps_ms), 0)),
+        share=np.concatenate([piece.share for piece in pieces]),
+    )
+    return _part(joined, 0, events_max)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

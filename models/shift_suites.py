@@ -551,7 +551,7 @@ def study_rows(
         study=study,
         suites=tuple(suites),
         made=made,
-        soft=softened(made, study.settings, study.seed + 4) if "S2" in suites else made,
+        soft=softened(made, study.reported, study.settings, study.seed + 4) if "S2" in suites else made,
         truth=planted(study.reported, study.seed + 2) if "S3" in suites else None,
         labels=labels,
     )

@@ -10,7 +10,7 @@ On the way of an event: `advance` (models/profile.py) hands a batch to `walk`. W
       slow_*         the slow profile: up to PROFILE interests with exponentially decayed weights, as logarithms:
                      decay is a subtraction of integers, the same in a batch of any size
       tail           16-bit marks of what fell out of it lately: known, though not by how much
-      detector       evidence, session_*, usual, watch: 16 bytes
+      detector       evidence, session_*, level, spread, watch: 16 bytes
       averages, times, counters
 
 Order within one event: end of the unit of evidence before (a session, or one event) -> what surges for everybody
@@ -79,6 +79,7 @@ FEATURES = (  # of the unit of evidence under way: a session, or a single event
     "log_learned",  # log(1 + decayed count of events in the slow profile)
     "usual",  # what the user's units usually come to
     "rarity",  # mean -log of its interests' shares among all users, in whole nats each
+    "unusual",  # how far its mean lies above the user's level, in the user's spreads: what is beyond the first
 )
 FEATURE_COUNT = len(FEATURES)
 
@@ -142,7 +143,8 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
         ("session_share", "u1"),  # share of the slow profile that the unit's interests make up, in 1/255
         ("session_rarity", "u1"),  # -log of the shares among all of the first 16 of them, summed in whole nats
         ("tail_next", "u1"),
-        ("usual", "i1"),  # running mean of the units' evidence, in 1/32 nats
+        ("level", "i1"),  # what the user's units usually come to: running mean of FEATURES' mean, in 1/16 nats
+        ("spread", "u1"),  # running mean of how far they lie from it, in 1/16 nats; 0 = no unit yet
         ("user_flags", "u1"),
         ("segment", "u1"),
     ]
@@ -258,6 +260,7 @@ class Parameters(NamedTuple):
     age_min: int
     refractory: int
     hold_share: float
+    hold_spreads: float
     kept_share: float
     usual_guarded: bool
     policy: int
@@ -275,8 +278,13 @@ _LAST = RING - 1
 _SHARE_SCALE = 255.0
 _RARITY_MAX = 15  # nats
 _RARITY_COUNT = 16  # so that the sum fits a byte
-_USUAL_SCALE = 32.0
-_USUAL_RATE = 0.2
+_LEVEL_SCALE = 16.0
+_LEVEL_RATE = 0.2
+_SPREAD_RATE = 0.1
+_SPREAD_FIRST = 24  # 1.5 nats: of a user without units
+_SPREAD_MIN = 8  # half a nat: who always does the same has no spread at all
+_UNUSUAL_FROM = 1.0  # spreads
+_UNUSUAL_MAX = 4.0
 _TAIL_WEIGHT = 0.25  # decayed count that a mark in the tail stands for
 _KNOWN_WEIGHT = 0.5  # decayed count from which the slow profile knows an interest
 _OFFSET_STEPS_MAX = 12.0  # alarms too many or too few that the thresholds answer for
@@ -623,6 +631,14 @@ def _count(user: Any, ratio: float, weight: float, q_all: float) -> None:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
+def _spreads_above(user: Any) -> float:
+    """How far the unit under way lies above what the user's units usually come to, in the user's own spreads."""
+    count = max(1, int(user.session_count))
+    spread = max(_SPREAD_MIN, int(user.spread)) if user.spread > 0 else _SPREAD_FIRST
+    return float((user.session_sum / math.sqrt(count) * _LEVEL_SCALE - user.level) / spread)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _describe(user: Any, features_F: Any) -> None:
     """The features of the unit under way; see FEATURES."""
     count = max(1, int(user.session_count))
@@ -632,8 +648,9 @@ def _describe(user: Any, features_F: Any) -> None:
     features_F[3] = user.session_known / count
     features_F[4] = math.sqrt(user.session_share / _SHARE_SCALE)
     features_F[5] = math.log1p(user.slow_total)
-    features_F[6] = user.usual / _USUAL_SCALE
+    features_F[6] = user.level / _LEVEL_SCALE
     features_F[7] = user.session_rarity / min(count, _RARITY_COUNT)
+    features_F[8] = min(_UNUSUAL_MAX, max(0.0, _spreads_above(user) - _UNUSUAL_FROM))
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -650,11 +667,13 @@ def _value(user: Any, coefficients_F: Any, features_F: Any) -> float:
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _close(user: Any, typical: bool) -> None:
-    """The unit under way is over: a typical one enters the mean of the user's units. The next one is empty."""
+    """The unit under way is over: a typical one enters the user's level and spread. The next one is empty."""
     count = int(user.session_count)
     if count and typical:
-        value = user.session_sum / math.sqrt(count) * _USUAL_SCALE
-        user.usual = round(min(127.0, max(-127.0, user.usual + _USUAL_RATE * (value - user.usual))))
+        off = user.session_sum / math.sqrt(count) * _LEVEL_SCALE - user.level
+        spread = int(user.spread) if user.spread > 0 else _SPREAD_FIRST
+        user.spread = round(min(255.0, max(1.0, spread + _SPREAD_RATE * (min(255.0, abs(off)) - spread))))
+        user.level = round(min(127.0, max(-127.0, user.level + _LEVEL_RATE * off)))
     user.session_sum = 0.0
     user.session_count = 0
     user.session_known = 0
@@ -809,7 +828,7 @@ def walk(
             if monitored:
                 user.evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
                 if user.evidence <= 0.0:
-                    _calm(user, p.hold_share >= 0.0)
+                    _calm(user, p.hold_share >= 0.0 and _spreads_above(user) <= p.hold_spreads)
             group = np.searchsorted(_AGE_EDGES, age, side="right")
             threshold = max(_THRESHOLD_MIN, thresholds_G[group] + crowd.offset[0])
             _close(user, not p.usual_guarded or user.evidence <= p.hold_share * threshold)
@@ -862,7 +881,7 @@ def walk(
             moved += crowd.step * ((1.0 if alert else 0.0) - crowd.share)
             most = _OFFSET_STEPS_MAX * crowd.step
             crowd.offset[0] = min(most, max(-most, moved))
-        held = monitored and evidence > p.hold_share * threshold
+        held = monitored and (evidence > p.hold_share * threshold or _spreads_above(user) > p.hold_spreads)
         if crowd.live and _adopts(user, interest, weight, gap_s, p.session_gap_ms / 1000.0):
             raised = _learn_crowd(crowd, b, events.segment[b], time_ms)
             if raised >= 0:

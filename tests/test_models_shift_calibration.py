@@ -28,7 +28,7 @@ from models.shift_calibration import (
     splice,
 )
 from models.shift_groups import GroupTable, Shadow, Tallies
-from models.shift_planted import planted
+from models.shift_planted import planted, softened
 from models.shift_rule import AGES, Rule, fixed_rule
 from models.shift_suites import Study, delay_row, histories_of, meaning_row, planted_row, rate_row
 from models.walk import FEATURE_COUNT, FEATURES, user_dtype_of
@@ -102,12 +102,12 @@ def test_an_exchangeable_stream_obeys_the_floor() -> None:
 
 
 def rules() -> list[Rule]:
-    learned = (0.7, 0.0, -0.4, 0.2, -1.7, -0.2, -0.2, -0.15, 1.2)
+    learned = (0.7, 0.0, -0.4, 0.2, -1.7, -0.2, -0.2, -0.15, 0.3, 1.2)
     plain = fixed_rule(by_session=True, threshold=0.2, drift=0.1, unit_events=8)
     return [
         fixed_rule(by_session=False, threshold=0.5, drift=0.1, short_share=0.3),
         plain,
-        msgspec.structs.replace(plain, coefficients=learned, usual_guarded=True),
+        msgspec.structs.replace(plain, coefficients=learned, usual_guarded=True, hold_spreads=1.0),
     ]
 
 
@@ -163,6 +163,68 @@ def test_an_alarm_keeps_a_share_of_what_was_known() -> None:
         assert done.alert_B[120:150].any()
         ratio[share] = float(done.ratio_B[150])
     assert ratio[0.4] < ratio[0.0] - 1.0
+
+
+def test_an_unusual_visit_waits_for_a_usual_one() -> None:
+    """What lies far above the user's own level is not learned while such visits go on, and is after a usual one."""
+    visits = [[1, 2, 3, 1, 2]] * 20 + [[11, 12, 13, 11, 12]] * 2 + [[1, 2, 3, 1, 2]] * 2
+    interest = np.array(visits, np.uint32).ravel()
+    place = np.arange(len(interest))
+    time_ms = 1_600_000_000_000 + (place // 5 * 40_000 + place % 5 * 60) * 1_000
+    histories = with_share(histories_of(np.zeros(len(interest), np.int64), interest, time_ms), share=0.001)
+    # no evidence ever builds: only the user's own level can hold
+    silent = msgspec.structs.replace(
+        fixed_rule(by_session=True, threshold=1e9, drift=0.25), coefficients=(0.0,) * FEATURE_COUNT + (-1.0,)
+    )
+    ratio = {
+        spreads: run(histories, msgspec.structs.replace(silent, hold_spreads=spreads), SETTINGS).ratio_B
+        for spreads in (2.0, 1e9)
+    }
+    second = slice(105, 108)
+    assert (ratio[2.0][100:103] > 2.0).all() and (ratio[2.0][second] > 2.0).all()
+    assert (ratio[1e9][second] < 0.0).all(), "without the guard the first visit is already known"
+    after = with_share(
+        histories_of(
+            np.zeros(len(interest) + 3, np.int64),
+            np.append(interest, [11, 12, 13]).astype(np.uint32),
+            np.append(time_ms, time_ms[-1] + 40_000_000 + np.arange(3) * 60_000),
+        ),
+        share=0.001,
+    )
+    held = run(after, msgspec.structs.replace(silent, hold_spreads=2.0), SETTINGS)
+    assert (held.ratio_B[-3:] < 0.0).all(), "a usual visit releases what was held"
+
+
+def test_a_rule_of_fewer_features_goes_on_as_it_was() -> None:
+    """Coefficients that were written before a feature came: the constant stays the constant."""
+    plain = fixed_rule(by_session=True, threshold=0.2, drift=0.1)
+    old = msgspec.structs.replace(plain, coefficients=(1.0, 0.0, 0.5, -0.7))
+    assert old.coefficients_F().tolist() == [1.0, 0.0, 0.5, *[0.0] * (FEATURE_COUNT - 3), -0.7]
+
+
+def test_softened_splices_go_on_with_what_the_user_did_in_truth() -> None:
+    """S2: own events after the shift are the user's next ones in their order, none of them twice; times never fall."""
+    histories = shop(30, 90, seed=16)
+    marked = Histories(
+        user=histories.user,
+        interest=np.arange(1, len(histories) + 1, dtype=np.uint32),  # each event can be told apart
+        time_ms=histories.time_ms,
+        share=histories.share,
+    )
+    made = splice(marked, SETTINGS, np.random.default_rng(3), per_user=3, window=30, after=30)
+    soft = softened(made, marked, SETTINGS, seed=0)
+    first = soft.runs.first
+    assert 0 < soft.runs.users < made.runs.users, "some have too few events left"
+    own_after = 0
+    for r in range(soft.runs.users):
+        told = soft.runs.interest[first[r] : first[r + 1]].astype(np.int64) - 1
+        mine = told[marked.user[told] == soft.owner[r]]
+        begin = marked.first[soft.owner[r]]
+        assert mine.tolist() == list(range(begin, begin + len(mine))) and len(mine) >= soft.at[r]
+        assert len(told) == soft.at[r] + soft.window and len(mine) < len(told)
+        assert (np.diff(soft.runs.time_ms[first[r] : first[r + 1]]) >= 0).all()
+        own_after += len(mine) - int(soft.at[r])
+    assert own_after > 0.2 * soft.runs.users * soft.window
 
 
 def with_share(histories: Histories, share: float) -> Histories:
