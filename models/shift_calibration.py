@@ -65,6 +65,7 @@ _PLANTED_USERS = 60
 _PLANTED_INTERESTS = 12
 _DRIFTS = (0.0, 0.15, 0.3)  # taken from a learned ratio, nats
 _SHORT_SHARES = (0.0, 0.3)
+_SHIFT_ROUNDS = 7
 _HOLD_STRICT = 1 / 3  # of the setting
 _HOLD_SPREADS = 2.0
 
@@ -422,11 +423,12 @@ def match_ages(folds: Sequence[Fold], rule: Rule, settings: ShiftSettings) -> Ru
         monitored_G, alarms_G = fold_tallies(folds, (base + offsets).tolist(), settings)
         step = np.log((alarms_G + _POOL_ALARMS) / (monitored_G / target + _POOL_ALARMS)) / tail
         offsets = np.clip(offsets + step, -0.5 * base, 0.5 * base)
-    shift = 0.0
-    for _ in range(4):  # the whole must still keep the rate
+    low, high = -0.5 * base, 0.5 * base
+    for _ in range(_SHIFT_ROUNDS):  # the whole must still keep the rate, which may jump with the threshold
+        shift = (low + high) / 2.0
         monitored_G, alarms_G = fold_tallies(folds, (base + offsets + shift).tolist(), settings)
-        shift += 0.7 * math.log((alarms_G.sum() + 3.0) / (monitored_G.sum() / target + 3.0)) / tail
-    return _with(rule, np.maximum(base + offsets + shift, 0.05).tolist())
+        low, high = (low, shift) if monitored_G.sum() >= alarms_G.sum() * target else (shift, high)
+    return _with(rule, np.maximum(base + offsets + high, 0.05).tolist())
 
 
 # ---------------------------------------------------------------------- choose
@@ -452,7 +454,20 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
     for finer in (_finer_memories(best[1]), _finer_guards(best[1], settings)):
         best = min(best, trial.best(finer), key=lambda judged: judged[0])
     folds, rule = trial.folds(best[1] if math.isfinite(best[0]) else replace(best[1], features=()))
-    return match_ages(folds, match(folds, rule, settings, settings.false_alarm_events), settings)
+    matched = match(folds, rule, settings, settings.false_alarm_events)
+    whole: list[Fold] = [(users, rule) for users, _ in folds]
+    if _more_alarms(whole, matched, settings):
+        folds, matched = whole, match(whole, rule, settings, settings.false_alarm_events)
+    return match_ages(folds, matched, settings)
+
+
+def _more_alarms(whole: Sequence[Fold], matched: Rule, settings: ShiftSettings) -> bool:
+    """Whether the rule raises more alarms than requested on the very users that it was fitted on, who raise too few.
+
+    It then differs from those of the halves, by which it was matched: a guard that holds on to evidence amplifies that.
+    """
+    monitored_G, alarms_G = fold_tallies(whole, matched.thresholds, settings)
+    return bool(alarms_G.sum() * settings.false_alarm_events > monitored_G.sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -543,9 +558,8 @@ def _finer_guards(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
     """From which evidence on the slow profile is held, and how unusual a unit must be for it."""
     for factor in (1.0, 2.0):
         yield replace(best, hold_share=factor * settings.hold_share, hold_spreads=SPREADS_ENDLESS)
-    for factor in (0.0, _HOLD_STRICT):
-        for spreads in (0.5 * _HOLD_SPREADS, _HOLD_SPREADS, SPREADS_ENDLESS):
-            yield replace(best, hold_share=factor * settings.hold_share, hold_spreads=spreads)
+    for spreads in (0.5 * _HOLD_SPREADS, _HOLD_SPREADS, SPREADS_ENDLESS):
+        yield replace(best, hold_share=_HOLD_STRICT * settings.hold_share, hold_spreads=spreads)
 
 
 def _plain(choice: Choice, settings: ShiftSettings) -> Rule:
