@@ -29,7 +29,7 @@ F64 = npt.NDArray[np.float64]
 
 KNOTS = np.array([0.003, 0.01, 0.03, 0.1, 0.3, 0.8])
 MAPS = 9  # the next event at a known time, and steps 1 to 8; later steps use the last one
-_MEMORY = 1_000.0  # forecasts of a step after which an older one counts 1 / e
+_MEMORY = 700.0  # forecasts of a step after which an older one counts 1 / e
 _PRIOR = 10.0  # how firmly slopes are held at 0, in squared logarithms
 _LEAST = -0.9  # f rises
 

@@ -56,7 +56,7 @@ _BATCH_EVENTS = 4_096  # larger batches are taken in parts
 _LOSSES_KEPT = 1_024  # from which the drift detector is rebuilt after a restart
 _HORIZON_WEIGHT = 0.3
 _TYPE_WEIGHT = 0.1
-_CALIBRATED_EVERY = 2  # gradient steps; outcomes of all events would say no more
+_CALIBRATED_EVERY = 4  # gradient steps; outcomes of all events would say little more
 _CALIBRATED_NUMBERS, _CALIBRATED_MIN = 400_000, 8  # probabilities that are looked at for it, forecasts at least
 _OTHER_PAIRS = 4  # interests beside the user's own at each moment of a purchase's forecast, half of them followers
 

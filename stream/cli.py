@@ -505,6 +505,7 @@ def evaluate(
     say_counts(console, source)
     for reason, count in stream.left_out.items():
         say(console, f"{source.facts.name}: {count:,} events left out: {reason}")
+    collect_seldom()
     with evaluation_progress(console) as show:
         outcomes = run_models(stream, config, wanted, show)
     rows, purchases = rows_of(stream, outcomes, wanted), purchase_rows(stream, outcomes, wanted)
