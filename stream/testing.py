@@ -2,7 +2,8 @@
 
 The digest engine replaces the network: state' = H(state, event id). It is as sensitive to a lost, doubled, reordered or
 stale event as anything can be, and imports no torch, so that hundreds of kills are cheap. Under it everything else is
-the real thing: worker, commit, changelog, restore, transports.
+the real thing: worker, commit, changelog, restore, transports. A user who says goodbye is forgotten: the next event of
+that name begins a new chain.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from stream.errors import BadEvent
 from stream.events import user_hash
 from stream.transport import LogReader, Record, TopicPartition
 
+_GOODBYE = b'"goodbye":true'
 DIGEST = np.dtype([("key", "<u8"), ("block", "<u4"), ("seq", "<u4"), ("digest", "<u8")])
 
 
@@ -117,6 +119,7 @@ class DigestEngine:
         keys = {user: user_hash(user, b"test") for _, user in read}
         rows = {user: i for i, user in enumerate(keys)}
         users = state.arena.take(np.array(list(keys.values()), np.uint64))
+        left = np.zeros(len(users), np.bool_)
         for record, user in read:
             row = users[rows[user]]
             previous = int(row["digest"])
@@ -133,6 +136,9 @@ class DigestEngine:
                 weights=self.weights_version,
             )
             outputs.append(Output(stream="forecasts", key=record.key, value=msgspec.json.encode(output)))
+            left[rows[user]] = leaves = _leaves(record)
+            if leaves:
+                row["seq"], row["digest"] = 0, 0
         seen = state.seen + len(records)
         after = None
         if seen == self.next_cut(state.seen):
@@ -141,7 +147,8 @@ class DigestEngine:
         return PartitionStep(
             partition=tp.partition,
             positions={tp: records[-1].offset + 1},
-            records=users,
+            records=users[~left],
+            gone=users["key"][left] if left.any() else None,
             seen=seen,
             watermark_ms=max([state.watermark_ms, *(r.timestamp for r in records)]),
             outputs=outputs,
@@ -160,6 +167,11 @@ def _user(record: Record) -> str:
     if not isinstance(user, str) or user.encode() != record.key:
         raise BadEvent("key_mismatch", "the key is not the user")
     return user
+
+
+def _leaves(record: Record) -> bool:
+    """Whether the event is a goodbye."""
+    return _GOODBYE in (record.value or b"")
 
 
 def _digest(previous: int, partition: int, offset: int, value: bytes) -> int:
@@ -195,10 +207,15 @@ def judge(inputs: Iterable[Record], outputs: Iterable[Record], dead_letters: Ite
 
     I1  every input offset has exactly one output or dead letter
     I2  no (partition, offset) twice
-    I3  per user seq = 1, 2, 3, ...; the previous digest is the one before; every digest is right for its input
+    I3  per user seq = 1, 2, 3, ...; the previous digest is the one before; every digest is right for its input; after a
+        goodbye it begins again
     """
     verdict = Verdict()
-    values = {(r.partition, r.offset): r.value or b"" for r in inputs}
+    values, leaving = {}, set()
+    for record in inputs:
+        values[record.partition, record.offset] = record.value or b""
+        if _leaves(record):
+            leaving.add((record.partition, record.offset))
     verdict.inputs = len(values)
     answered: Counter[tuple[int, int]] = Counter()
     chains: dict[str, tuple[int, int]] = {}
@@ -215,7 +232,7 @@ def judge(inputs: Iterable[Record], outputs: Iterable[Record], dead_letters: Ite
             verdict.blame("I3", f"{output.user} at {where}: {has} does not follow {had}")
         if output.digest != _digest(output.previous, *where, values.get(where, b"")):
             verdict.blame("I3", f"{output.user} at {where}: the digest is not that of its input")
-        chains[output.user] = (output.seq, output.digest)
+        chains[output.user] = (0, 0) if where in leaving else (output.seq, output.digest)
     for record in dead_letters:
         verdict.dead_letters += 1
         source = msgspec.json.decode(record.value or b"", type=out.DeadLetter).source
@@ -243,6 +260,8 @@ def fold_inputs(inputs: Iterable[Record]) -> dict[int, dict[int, tuple[int, int]
         key = user_hash(user, b"test")
         seq, digest = users.get(key, (0, 0))
         users[key] = (seq + 1, _digest(digest, record.partition, record.offset, record.value or b""))
+        if _leaves(record):
+            del users[key]
     return folded
 
 
@@ -251,7 +270,10 @@ def arena_content(state: PartitionState) -> dict[int, tuple[int, int]]:
     return {int(r["key"]): (int(r["seq"]), int(r["digest"])) for r in state.arena.all()}
 
 
-def digest_event(user: str, number: int, timestamp_ms: int = 1_700_000_000_000) -> tuple[bytes, bytes, int]:
+def digest_event(
+    user: str, number: int, timestamp_ms: int = 1_700_000_000_000, *, goodbye: bool = False
+) -> tuple[bytes, bytes, int]:
     """(key, value, timestamp) of an input record for the digest engine."""
-    value = msgspec.json.encode({"user": user, "interest": f"i{number % 7}", "time": timestamp_ms + number})
+    event = {"user": user, "interest": f"i{number % 7}", "time": timestamp_ms + number}
+    value = msgspec.json.encode({**event, "goodbye": True} if goodbye else event)
     return user.encode(), value, timestamp_ms + number

@@ -211,7 +211,8 @@ class Site:
     def fill(self, rng: random.Random, count: int) -> None:
         batches: dict[int, list[tuple[bytes | None, bytes | None, int]]] = {}
         for _ in range(count):
-            key, value, timestamp_ms = digest_event(f"u{int(rng.paretovariate(0.7)) % 60}", self.sent)
+            user = f"u{int(rng.paretovariate(0.7)) % 60}"
+            key, value, timestamp_ms = digest_event(user, self.sent, goodbye=rng.random() < 0.03)
             self.sent += 1
             batches.setdefault(sum(key) % PARTITIONS, []).append(
                 (key, None if rng.random() < 0.01 else value, timestamp_ms)

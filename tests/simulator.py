@@ -170,6 +170,8 @@ class World:
         self.rates = Faults.drawn(self.rng)
         self.batch = self.rng.choice([3, 8, 20])
         self.epoch = self.rng.choice([5, 17, 40])
+        self.names = self.rng.choice([5, 5, 100])  # users of a letter: the same ones again, or nearly always new ones
+        self.leaving = self.rng.choice([0.0, 0.05, 0.3])  # share of events after which a user is forgotten
         transaction_s = self.rng.choice(TRANSACTION_S)
         self.progress_s = 2 * (SESSION_S + transaction_s)
         self.log = MemoryLog(clock=self.clock, session_timeout_s=SESSION_S, transaction_timeout_s=transaction_s)
@@ -364,8 +366,8 @@ class World:
     def send(self, count: int) -> None:
         """New inputs; some cannot be decoded, some break the engine."""
         for _ in range(count):
-            user = GUILTY if self.rng.random() < 0.01 else f"{self.rng.choice('abc')}{self.rng.randrange(5)}"
-            key, value, timestamp_ms = digest_event(user, self.sent)
+            user = GUILTY if self.rng.random() < 0.01 else f"{self.rng.choice('abc')}{self.rng.randrange(self.names)}"
+            key, value, timestamp_ms = digest_event(user, self.sent, goodbye=self.rng.random() < self.leaving)
             if self.rng.random() < 0.02:
                 value = b"{"
             self.log.append("events", sum(key) % self.partitions, [(key, value, timestamp_ms)])

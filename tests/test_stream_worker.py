@@ -28,7 +28,7 @@ class Killed(BaseException):
 def fill(log: MemoryLog, rng: random.Random, count: int, poison: float = 0.02) -> int:
     for number in range(count):
         user = f"{rng.choice('abc')}{int(rng.paretovariate(0.6)) % 40}"
-        key, value, timestamp_ms = digest_event(user, number)
+        key, value, timestamp_ms = digest_event(user, number, goodbye=rng.random() < 0.05)
         if rng.random() < poison:
             value = rng.choice([b"", b"{", b'{"user": 1}', None])
         log.append("events", sum(key) % PARTITIONS, iter([(key, value, timestamp_ms)]))
@@ -461,6 +461,7 @@ def test_an_outcome_that_stays_open_is_waited_for(log: MemoryLog) -> None:
     for _ in range(5):
         worker.turn()
     log.faults = faults
+    fill(log, random.Random(11), 100)
     drain(worker)
     log.faults = None
     verdict, inputs = verdict_of(log, NAMES, PARTITIONS)
