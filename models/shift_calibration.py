@@ -65,7 +65,7 @@ _PLANTED_USERS = 60
 _PLANTED_INTERESTS = 12
 _DRIFTS = (0.0, 0.15, 0.3)  # taken from a learned ratio, nats
 _SHORT_SHARES = (0.0, 0.3)
-_SHIFT_ROUNDS = 7
+_SHIFT_ROUNDS, _SHIFT_STEPS = 7, 4
 _HOLD_STRICT = 1 / 3  # of the setting
 _HOLD_SPREADS = 2.0
 
@@ -423,12 +423,33 @@ def match_ages(folds: Sequence[Fold], rule: Rule, settings: ShiftSettings) -> Ru
         monitored_G, alarms_G = fold_tallies(folds, (base + offsets).tolist(), settings)
         step = np.log((alarms_G + _POOL_ALARMS) / (monitored_G / target + _POOL_ALARMS)) / tail
         offsets = np.clip(offsets + step, -0.5 * base, 0.5 * base)
+    return _with(rule, np.maximum(base + offsets + _shift(folds, base + offsets, rule, settings), 0.05).tolist())
+
+
+def _shift(folds: Sequence[Fold], thresholds_G: F64, rule: Rule, settings: ShiftSettings) -> float:
+    """What all thresholds by age must be moved by so that the whole still keeps the rate, which may jump with them.
+
+    Where few alarms are expected the base was extrapolated, and what few there are moves it little.
+    """
+    target, base, tail = rule.false_alarm_events, rule.thresholds[0], max(rule.tail, _AGE_TAIL_MIN)
+
+    def tallies(shift: float) -> tuple[float, float]:
+        monitored_G, alarms_G = fold_tallies(folds, (thresholds_G + shift).tolist(), settings)
+        return float(monitored_G.sum()) / target, float(alarms_G.sum())
+
     low, high = -0.5 * base, 0.5 * base
-    for _ in range(_SHIFT_ROUNDS):  # the whole must still keep the rate, which may jump with the threshold
+    expected, _ = tallies(0.0)
+    if expected < _MATCH_ALARMS:
+        shift = 0.0
+        for _ in range(_SHIFT_STEPS):
+            expected, alarms = tallies(shift)
+            shift += 0.7 * math.log((alarms + 3.0) / (expected + 3.0)) / tail
+        return shift
+    for _ in range(_SHIFT_ROUNDS):
         shift = (low + high) / 2.0
-        monitored_G, alarms_G = fold_tallies(folds, (base + offsets + shift).tolist(), settings)
-        low, high = (low, shift) if monitored_G.sum() >= alarms_G.sum() * target else (shift, high)
-    return _with(rule, np.maximum(base + offsets + high, 0.05).tolist())
+        expected, alarms = tallies(shift)
+        low, high = (low, shift) if expected >= alarms else (shift, high)
+    return high
 
 
 # ---------------------------------------------------------------------- choose
@@ -462,12 +483,13 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
 
 
 def _more_alarms(whole: Sequence[Fold], matched: Rule, settings: ShiftSettings) -> bool:
-    """Whether the rule raises more alarms than requested on the very users that it was fitted on, who raise too few.
+    """Whether the rule raises clearly more alarms than requested on the users that it was fitted on, who raise too few.
 
     It then differs from those of the halves, by which it was matched: a guard that holds on to evidence amplifies that.
     """
     monitored_G, alarms_G = fold_tallies(whole, matched.thresholds, settings)
-    return bool(alarms_G.sum() * settings.false_alarm_events > monitored_G.sum())
+    expected = float(monitored_G.sum()) / settings.false_alarm_events
+    return float(alarms_G.sum()) > expected + 2.0 * math.sqrt(max(expected, _MATCH_ALARMS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

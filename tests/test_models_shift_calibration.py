@@ -20,6 +20,7 @@ from models.shift_calibration import (
     columns,
     fit,
     match,
+    match_ages,
     mean_delay,
     memory_of,
     next_rule,
@@ -200,6 +201,20 @@ def test_a_rule_of_fewer_features_goes_on_as_it_was() -> None:
     plain = fixed_rule(by_session=True, threshold=0.2, drift=0.1)
     old = msgspec.structs.replace(plain, coefficients=(1.0, 0.0, 0.5, -0.7))
     assert old.coefficients_F().tolist() == [1.0, 0.0, 0.5, *[0.0] * (FEATURE_COUNT - 3), -0.7]
+
+
+def test_ages_keep_the_whole_rate_where_it_is_seen() -> None:
+    """Thresholds by age raise about one alarm in the requested events; of a rate not seen they stay where they were."""
+    users = shop(60, 90, seed=17, loyal=0.7)
+    plain = fixed_rule(by_session=True, threshold=5.0, drift=0.25)
+    folds = [(users, plain)]
+    for rate, least, most in ((50.0, 0.8, 2.0), (100_000.0, 0.0, math.inf)):
+        matched = match(folds, plain, SETTINGS, rate)
+        aged = match_ages(folds, matched, SETTINGS)
+        monitored, alarms = alarm_rate(users, aged, SETTINGS)
+        assert least <= monitored / max(1.0, alarms) / rate <= most
+        if monitored < rate:
+            assert all(0.8 < t / matched.thresholds[0] < 1.25 for t in aged.thresholds)
 
 
 def test_softened_splices_go_on_with_what_the_user_did_in_truth() -> None:
