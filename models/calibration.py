@@ -10,8 +10,7 @@ f rises everywhere, so no rank changes, and the sum stays what it was. The slope
 of an exponential family: at the best ones events reach as far into each band of probabilities as was promised. An event
 whose interest nobody could name falls below all bands.
 
-Each step has its own map, and so has the next event when its time is known: maps by row, 0 = the next event at a known
-time, n = step n.
+Each step has its own map, and another one when the time of the next event is known.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from models.vocabulary import I32
 F64 = npt.NDArray[np.float64]
 
 KNOTS = np.array([0.003, 0.01, 0.03, 0.1, 0.3, 0.8])
-MAPS = 9  # the next event at a known time, and steps 1 to 8; later steps use the last one
+STEPS = 8  # that have maps of their own; later ones use those of the last
+MAPS = 2 * STEPS  # of steps 1, 2, ... at a time not known; then of the same at a known time
 _MEMORY = 700.0  # forecasts of a step after which an older one counts 1 / e
 _PRIOR = 10.0  # how firmly slopes are held at 0, in squared logarithms
 _LEAST = -0.9  # f rises
@@ -94,11 +94,11 @@ def map_of(step: int, gap_s_E: F32 | None, count: int) -> I64:
     """Which map each of `count` forecasts of a step (1 = the next event) uses.
 
     Args:
-        gap_s_E: seconds to the moment of the forecast, NaN or None where it is not known.
+        gap_s_E: seconds to the moment of the next event, NaN or None where they are not known.
     """
-    map_E = np.full(count, min(step, MAPS - 1), np.int64)
-    if step == 1 and gap_s_E is not None:
-        map_E[np.isfinite(gap_s_E)] = 0
+    map_E = np.full(count, min(step, STEPS) - 1, np.int64)
+    if gap_s_E is not None:
+        map_E[np.isfinite(gap_s_E)] += STEPS
     return map_E
 
 

@@ -23,7 +23,7 @@ from river.drift import ADWIN
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from models.calibration import MAPS, Calibration, map_of
+from models.calibration import STEPS, Calibration, map_of
 from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
 from models.dedupe import first_sightings
 from models.features import F32, I64, U32, U64, EventColumns
@@ -341,8 +341,8 @@ class Learner:
     def _calibrate(self, number_B: I64, turn: int) -> None:
         """Learn maps of probabilities from what was forecast of these events, before anything is learned from them.
 
-        Each is asked for twice: as the next event at its time, and, as forecasts are published, at a time not known, as
-        that of another step. Dropout has no part in it.
+        Each is asked for twice: as the next event at its time, and as that of another step, half of them at a time not
+        known, as forecasts are published. Dropout has no part in it.
 
         Args:
             turn: counts up; the other step goes round with it.
@@ -350,13 +350,14 @@ class Learner:
         learning, history, network = self._learning, self._history, self._network
         most = max(_CALIBRATED_MIN, _CALIBRATED_NUMBERS // max(1, len(self._knowledge.popularity_V)))
         number_B = number_B[:most]
-        back = turn % min(learning.horizon_steps, MAPS - 1)
+        back = turn % min(learning.horizon_steps, STEPS)
         row_BK, count_B = history.before(number_B, max(1, back))
         far = np.flatnonzero(count_B >= back)
         next_B = number_B % history.capacity
         row_L = row_BK[far, back - 1] if back else next_B[far]
         row_E = np.concatenate([next_B, row_L])
-        gap_s_E = np.concatenate([history.gap_s[next_B], np.full(len(far), np.nan, np.float32)])
+        gap_s_L = np.where(np.arange(len(far)) % 2 < min(back, 1), history.gap_s[row_L], np.float32(np.nan))
+        gap_s_E = np.concatenate([history.gap_s[next_B], gap_s_L])
         target_E = history.interest[np.concatenate([next_B, next_B[far]])]
         candidates, moments = self._moments(row_E, gap_s_E)
         with torch.no_grad():
@@ -371,7 +372,7 @@ class Learner:
             step, view = step.after(near), view.after(near)
             for number in range(2, back + 2):
                 step = network.step(network.next_state(step, view, number), view)
-            self._learn_maps(step, view, candidates.part(near, len(row_E)), target_E[near:], back + 1, None)
+            self._learn_maps(step, view, candidates.part(near, len(row_E)), target_E[near:], back + 1, gap_s_L)
 
     def _learn_maps(
         self, step: Step, view: View, candidates: Candidates, target_E: U32, number: int, gap_s_E: F32 | None
