@@ -193,7 +193,7 @@ class Verdict:
             self.problems.append(f"{invariant}: {message}")
 
 
-def read_all(reader: LogReader, topic: str, partitions: int, wait_s: float = 0.2) -> Iterator[Record]:
+def read_all(reader: LogReader, topic: str, partitions: int, wait_s: float = 1.0) -> Iterator[Record]:
     """All committed records of a topic, partition by partition; done when a read brings nothing for `wait_s`."""
     for partition in range(partitions):
         offset = 0
