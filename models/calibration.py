@@ -1,4 +1,4 @@
-"""Probabilities that hold: a map over all of a step's probabilities, fitted on what came after forecasts.
+"""Probabilities that hold: a map over all probabilities of the next event, fitted on what came after forecasts.
 
 On the way of an event: the learner learns the map from events that the network has not learned yet; the forecaster
 applies it. Some streams need it: what is counted spreads widely where few follow few, and older events that are learned
@@ -10,7 +10,8 @@ f rises everywhere, so no rank changes, and the sum stays what it was. The slope
 of an exponential family: at the best ones events reach as far into each band of probabilities as was promised. An event
 whose interest nobody could name falls below all bands.
 
-Each step has its own map, and another one when the time of the next event is known.
+There is a map of the next event at a time not known, as forecasts are published, and one of it at a known time. Later
+steps have none: see docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from models.vocabulary import I32
 F64 = npt.NDArray[np.float64]
 
 KNOTS = np.array([0.003, 0.01, 0.03, 0.1, 0.3, 0.8])
-STEPS = 8  # that have maps of their own; later ones use those of the last
-MAPS = 2 * STEPS  # of steps 1, 2, ... at a time not known; then of the same at a known time
+MAPS = 2  # of the next event at a time not known, and at a known time
 _MEMORY = 700.0  # forecasts of a step after which an older one counts 1 / e
 _PRIOR = 10.0  # how firmly slopes are held at 0, in squared logarithms
 _LEAST = -0.9  # f rises
@@ -90,16 +90,13 @@ class Calibration:
             self.slope_MK[m] = np.maximum(moved_K, _LEAST)
 
 
-def map_of(step: int, gap_s_E: F32 | None, count: int) -> I64:
-    """Which map each of `count` forecasts of a step (1 = the next event) uses.
+def map_of(gap_s_E: F32 | None, count: int) -> I64:
+    """Which map each of `count` forecasts of the next event uses.
 
     Args:
         gap_s_E: seconds to the moment of the next event, NaN or None where they are not known.
     """
-    map_E = np.full(count, min(step, STEPS) - 1, np.int64)
-    if gap_s_E is not None:
-        map_E[np.isfinite(gap_s_E)] += STEPS
-    return map_E
+    return np.zeros(count, np.int64) if gap_s_E is None else np.isfinite(gap_s_E).astype(np.int64)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -264,9 +264,9 @@ class Forecaster:
             step = self._network.step(state_EH, view)
             general_EV = self._network.general(step, moments, lift_EM, self._log_popularity_V, self._crowd_VK)
             parts = Parts.of(step, general_EV)
-            self._calibration.apply(
-                *parts.arrays(), candidates.row_EC, candidates.key_EC, map_of(number, gap_s_E, len(hidden_EH))
-            )
+            if number == 1:
+                map_E = map_of(gap_s_E, len(hidden_EH))
+                self._calibration.apply(*parts.arrays(), candidates.row_EC, candidates.key_EC, map_E)
             yield parts
             if number < steps:
                 state_EH = self._network.next_state(step, view, number + 1)

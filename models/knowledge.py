@@ -43,10 +43,6 @@ class Candidates:
     key_EC: U32
     row_EC: I32
 
-    def part(self, start: int, end: int) -> Candidates:
-        """Those of some moments."""
-        return Candidates(key_EC=self.key_EC[start:end], row_EC=self.row_EC[start:end])
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Knowledge:

@@ -23,7 +23,7 @@ from river.drift import ADWIN
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from models.calibration import STEPS, Calibration, map_of
+from models.calibration import Calibration, map_of
 from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
 from models.dedupe import first_sightings
 from models.features import F32, I64, U32, U64, EventColumns
@@ -326,7 +326,7 @@ class Learner:
     def _step(self, number_B: I64) -> float:
         """One gradient step; the mean loss of the new events, NaN where it was skipped."""
         if not self._optimiser.steps % _CALIBRATED_EVERY:
-            self._calibrate(number_B, self._optimiser.steps // _CALIBRATED_EVERY)
+            self._calibrate(number_B)
         replayed = self._replay(round(len(number_B) * self._learning.replay_share))
         loss, new_loss = self._loss(number_B, replayed)
         if loss is None:
@@ -338,52 +338,27 @@ class Learner:
         boost = self._learning.drift_boost if self._boost_steps else 1.0
         return new_loss if self._optimiser.step(boost) else float("nan")
 
-    def _calibrate(self, number_B: I64, turn: int) -> None:
+    def _calibrate(self, number_B: I64) -> None:
         """Learn maps of probabilities from what was forecast of these events, before anything is learned from them.
 
-        Each is asked for twice: as the next event at its time, and as that of another step, half of them at a time not
-        known, as forecasts are published. Dropout has no part in it.
-
-        Args:
-            turn: counts up; the other step goes round with it.
+        Each is asked for twice: at its time, and at a time not known, as forecasts are published; without dropout.
         """
-        learning, history, network = self._learning, self._history, self._network
-        most = max(_CALIBRATED_MIN, _CALIBRATED_NUMBERS // max(1, len(self._knowledge.popularity_V)))
-        number_B = number_B[:most]
-        back = turn % min(learning.horizon_steps, STEPS)
-        row_BK, count_B = history.before(number_B, max(1, back))
-        far = np.flatnonzero(count_B >= back)
-        next_B = number_B % history.capacity
-        row_L = row_BK[far, back - 1] if back else next_B[far]
-        row_E = np.concatenate([next_B, row_L])
-        gap_s_L = np.where(np.arange(len(far)) % 2 < min(back, 1), history.gap_s[row_L], np.float32(np.nan))
-        gap_s_E = np.concatenate([history.gap_s[next_B], gap_s_L])
-        target_E = history.interest[np.concatenate([next_B, next_B[far]])]
+        history, network, knowledge = self._history, self._network, self._knowledge
+        most = max(_CALIBRATED_MIN, _CALIBRATED_NUMBERS // max(1, len(knowledge.popularity_V)))
+        row_B = number_B[:most] % history.capacity
+        row_E = np.concatenate([row_B, row_B])
+        gap_s_E = np.concatenate([history.gap_s[row_B], np.full(len(row_B), np.nan, np.float32)])
+        target_E = history.interest[row_E]
         candidates, moments = self._moments(row_E, gap_s_E)
+        log_popularity_V, crowd_VK = self._tensor(knowledge.log_popularity_V), self._tensor(knowledge.crowd_VK)
         with torch.no_grad():
-            view = network.view(moments)
-            step = network.step(network.at_moment(self._tensor(history.hidden[row_E]), moments), view)
-            near = len(next_B) if back else len(row_E)
-            self._learn_maps(
-                step.first(near), view.first(near), candidates.part(0, near), target_E[:near], 1, gap_s_E[:near]
-            )
-            if near == len(row_E):
-                return
-            step, view = step.after(near), view.after(near)
-            for number in range(2, back + 2):
-                step = network.step(network.next_state(step, view, number), view)
-            self._learn_maps(step, view, candidates.part(near, len(row_E)), target_E[near:], back + 1, gap_s_L)
-
-    def _learn_maps(
-        self, step: Step, view: View, candidates: Candidates, target_E: U32, number: int, gap_s_E: F32 | None
-    ) -> None:
-        """The maps of some forecasts of step `number`, from what came."""
-        log_popularity_V = self._tensor(self._knowledge.log_popularity_V)
-        lift_EM, crowd_VK = view.moments.lift(log_popularity_V), self._tensor(self._knowledge.crowd_VK)
-        parts = Parts.of(step, self._network.general(step, view.moments, lift_EM, log_popularity_V, crowd_VK))
+            state_EH = network.at_moment(self._tensor(history.hidden[row_E]), moments)
+            step = network.step(state_EH, network.view(moments))
+            general_EV = network.general(step, moments, moments.lift(log_popularity_V), log_popularity_V, crowd_VK)
+            parts = Parts.of(step, general_EV)
         self._calibration.learn(
             *parts.arrays(), candidates.row_EC, candidates.key_EC, target_E, self._vocabulary.find(target_E),
-            map_of(number, gap_s_E, len(target_E)),
+            map_of(gap_s_E, len(row_E)),
         )  # fmt: skip
 
     def _replay(self, count: int) -> I64:

@@ -156,10 +156,10 @@ class Trainee(Learner):
         self._forget_all()
         self._know()
 
-    def _calibrate(self, number_B: I64, turn: int) -> None:
+    def _calibrate(self, number_B: I64) -> None:
         """With passes, see `hold`."""
         if self._origin is None:
-            super()._calibrate(number_B, turn)
+            super()._calibrate(number_B)
 
     def _forget_all(self) -> None:
         self._users = Users(self._learning.users_max)
@@ -187,8 +187,7 @@ class Trainee(Learner):
             hidden_EH, self._history.snapshot(row_E), self._history.gap_s[row_E], self._history.interest[row_E][:, None]
         )
         for start in range(0, len(number_E), self._learning.step_events):
-            some = number_E[start : start + self._learning.step_events]
-            super()._calibrate(some, int(some[0]) // self._learning.step_events)
+            super()._calibrate(number_E[start : start + self._learning.step_events])
         self._count(number_E)
         rank_E: I64 = rank_EN[:, 0]
         known = rank_E > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_events import rounds
 
-from models.calibration import KNOTS, STEPS, Calibration, map_of
+from models.calibration import KNOTS, Calibration, map_of
 from models.forecaster import Forecaster
 from models.learner import Learner
 from models.settings import LearningSettings, NetworkSettings
@@ -49,8 +49,8 @@ def test_a_map_keeps_order_and_sum_and_is_the_power_of_its_bands() -> None:
     before = mixed(made)
     calibration = Calibration.empty()
     slope_K = np.array([0.5, -0.6, 0.8, 0.3, -0.4, 0.2])
-    calibration.slope_MK[2] = slope_K
-    calibration.apply(**made, map_E=np.full(50, 2))
+    calibration.slope_MK[1] = slope_K
+    calibration.apply(**made, map_E=np.ones(50, np.int64))
     after = mixed(made)
     assert after.sum(axis=1) == pytest.approx(before.sum(axis=1), abs=1e-5)
     assert (np.argsort(after, axis=1) == np.argsort(before, axis=1)).all()
@@ -62,17 +62,15 @@ def test_a_map_keeps_order_and_sum_and_is_the_power_of_its_bands() -> None:
 
 
 def test_other_maps_leave_a_forecast_as_it_is() -> None:
-    """Each step has its own: only that of the forecast is used."""
+    """Known and unknown times have their own: only that of the forecast is used."""
     made = forecasts(np.random.default_rng(1), 4)
     before = mixed(made)
     calibration = Calibration.empty()
-    calibration.slope_MK[[0, 1, 3]] = 1.0
-    calibration.apply(**made, map_E=np.full(4, 2))
+    calibration.slope_MK[0] = 1.0
+    calibration.apply(**made, map_E=np.ones(4, np.int64))
     assert (mixed(made) == before).all()
-    assert map_of(1, np.array([1.0, np.nan], np.float32), 2).tolist() == [STEPS, 0]
-    assert map_of(1, None, 2).tolist() == [0, 0]
-    assert map_of(3, np.array([1.0, np.nan], np.float32), 2).tolist() == [STEPS + 2, 2]
-    assert map_of(99, None, 1).tolist() == [STEPS - 1]
+    assert map_of(np.array([1.0, np.nan], np.float32), 2).tolist() == [1, 0]
+    assert map_of(None, 2).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("power", [0.6, 1.0, 1.8])
@@ -130,8 +128,8 @@ def test_what_nobody_can_name_makes_forecasts_more_careful() -> None:
     assert (mixed(made).max(axis=1) < before).all()
 
 
-def test_a_learner_makes_maps_of_each_step_and_its_weights_carry_them() -> None:
-    """Of the steps that are trained, at a known time and not; the forecasts use them."""
+def test_a_learner_makes_maps_of_the_next_event_and_its_weights_carry_them() -> None:
+    """At a known time and not; forecasts use them for the next event alone."""
     events = rounds(np.random.default_rng(5), 3_000)
     learner = Learner(NetworkSettings(), LearningSettings(warmup_steps=5, horizon_steps=3), seed=1, device="cpu")
     for start in range(0, 3_000, 500):
@@ -140,7 +138,7 @@ def test_a_learner_makes_maps_of_each_step_and_its_weights_carry_them() -> None:
         learner.learn(100)
     weights = Weights.from_bytes(learner.weights_bytes())
     slope_MK = weights.tensors["calibration.slope"]
-    assert slope_MK.any(axis=1).tolist() == 2 * [*3 * [True], *(STEPS - 3) * [False]]
+    assert slope_MK.any(axis=1).all()
     row_E = np.arange(2_900, 3_000)
     snapshot, hidden_EH = learner._history.snapshot(row_E), learner._history.hidden[row_E]
     with_maps = Forecaster.from_weights(weights).forecast(hidden_EH, snapshot, None, steps=3, top_k=5)
@@ -149,4 +147,5 @@ def test_a_learner_makes_maps_of_each_step_and_its_weights_carry_them() -> None:
     assert (
         with_maps.interest_ENK == without.interest_ENK
     ).mean() > 0.99  # floats of two kinds may order equals otherwise
-    assert (with_maps.probability_ENK[:, :, 0] != without.probability_ENK[:, :, 0]).mean() > 0.9
+    assert (with_maps.probability_ENK[:, 0, 0] != without.probability_ENK[:, 0, 0]).mean() > 0.9
+    assert (with_maps.probability_ENK[:, 1:] == without.probability_ENK[:, 1:]).all()
