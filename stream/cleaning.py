@@ -44,6 +44,7 @@ class _Head:
     """The oldest end of one partition's log."""
 
     offset: int = 0  # where to read on
+    newest: int = 0  # number of the newest block that was read
     ahead: deque[tuple[int, int, Block]] = field(default_factory=deque)  # (offset, bytes, block) read, not yet used
     before: int = 0  # all below is rewritten, once the batch under way is committed
     freed: int = 0  # bytes of that
@@ -52,7 +53,7 @@ class _Head:
 
     def rewind(self) -> None:
         """The attempt under way is void: read again from the head of the log."""
-        self.offset, self.before, self.freed = 0, 0, 0
+        self.offset, self.newest, self.before, self.freed = 0, 0, 0, 0
         self.ahead.clear()
 
 
@@ -96,6 +97,10 @@ class Cleaner:
                 head.rewind()
                 break
             if found is None:
+                if head.newest >= state.next_block - 1:
+                    # All of the log has been read: what it is taken to be longer than that is not there. A broker that
+                    # was killed brings a deleted head back for a moment, and a restore that came then has counted it.
+                    state.log_bytes = head.owed + head.freed
                 break
             offset, size, block = found
             if not too_long and block.number >= state.rewrite_below:
@@ -156,6 +161,7 @@ class Cleaner:
                 gap = record.offset - head.offset if head.offset else 0
                 size = len(value) + state.hidden_bytes(gap, record.offset)
                 head.ahead.append((record.offset, size, block))
+                head.newest = max(head.newest, block.number)
                 head.offset = record.offset + 1
         return head.ahead.popleft() if head.ahead else None
 

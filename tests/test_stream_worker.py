@@ -218,6 +218,24 @@ def test_a_log_without_positions_asks_again_for_an_old_one(
     assert problems == [] if lies == 2 else not any("2 times" in problem for problem in problems)
 
 
+def test_a_log_that_is_shorter_than_thought_is_not_cleaned_for_ever(log: MemoryLog) -> None:
+    """A restore may have read a head that was deleted already, and that a killed broker had brought back."""
+    fill(log, random.Random(6), 400)
+    worker = worker_on(log)
+    drain(worker)
+    for partition, state in worker.states.items():
+        state.log_bytes += 10**6
+        worker._overlong.add(partition)
+    for _ in range(40):
+        worker.turn()
+    assert not worker._overlong
+    reader = log.reader()
+    for partition, state in worker.states.items():
+        tp = TopicPartition(NAMES.state, partition)
+        there = sum(len(record.value or b"") for record in reader.read(tp, 0, 0.0, 10_000))
+        assert there <= state.log_bytes <= there + 1_000
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_two_workers_come_and_go(log: MemoryLog, seed: int) -> None:
     """Workers join, leave, are killed or stall (a zombie wakes up later): still exactly once, per-user order kept."""
