@@ -286,10 +286,13 @@ class Worker:
         return polled
 
     def _put_back(self) -> None:
-        """What was gathered and is not committed comes again: every partition goes back to its first such record."""
-        for tp, records in self._pending.items():
-            if records and tp.partition in self.states:
-                self._consumer.seek(tp, records[0].offset)
+        """What is not committed comes again: every partition goes back to its first such record.
+
+        Also where we hold none: a poll that failed may have taken records that it did not give out.
+        """
+        for tp in [tp for partition in self.states for tp in self._inputs_of(partition) if tp not in self._waiting]:
+            records = self._pending.get(tp)
+            self._consumer.seek(tp, records[0].offset if records else self._at[tp])
         self._pending = {}
 
     def _hold_orders_back(self) -> None:
