@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -87,6 +88,21 @@ def wait_for(child: subprocess.Popen[str], line: str, count: int = 1) -> None:
         if count == 0:
             return
     raise AssertionError(f"the process ended without saying {line!r}")
+
+
+def stop_between_writes(child: subprocess.Popen[str], path: Path) -> None:
+    """SIGSTOP it, but not while it holds the file's lock: nobody could write until it wakes up (a test of its own)."""
+    with Path(f"{path}.lock").open() as lock:
+        for _ in range(POLLS_MAX):
+            child.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                child.send_signal(signal.SIGCONT)
+                time.sleep(0.003)
+    raise AssertionError("it always held the lock")
 
 
 def topics(log: EmbeddedLog, **settings: str) -> None:
@@ -211,7 +227,7 @@ def test_a_stopped_process_is_replaced_and_fenced(path: Path, log: EmbeddedLog) 
     fill(log, 2_000)
     with worker(path, "one", 0.5) as one:
         wait_for(one, "commit", 2)
-        one.send_signal(signal.SIGSTOP)
+        stop_between_writes(one, path)
         with worker(path, "two", 0.5) as two:
             wait_for(two, "commit", 3)  # it owns all now
             one.send_signal(signal.SIGCONT)
