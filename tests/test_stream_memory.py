@@ -38,7 +38,7 @@ def clock_of(log: MemoryLog) -> ManualClock:
     return log.now
 
 
-@pytest.mark.parametrize("fault", list(Fault))
+@pytest.mark.parametrize("fault", [Fault.LOSE, Fault.HIDE])
 @pytest.mark.parametrize("point", ["begin", "send", "flush", "send_offsets", "commit"])
 def test_a_fault_is_told_as_retryable_and_the_position_tells_the_truth(
     log: MemoryLog, point: str, fault: Fault
