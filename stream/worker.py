@@ -404,7 +404,7 @@ class Worker:
 
         Does not return before that is known: with the outcome open, neither the arena nor the positions can be right.
         """
-        sealing = self._checkpoint.sealing
+        sealing = self._checkpoint.sealing and not isinstance(error, Rebalanced)  # that is a refusal
         # With their metadata: a step without input commits the offset that stands there already.
         attempted = self._checkpoint.positions(steps)
         name = "rebalanced" if isinstance(error, Rebalanced) else "commit_failed"

@@ -880,7 +880,8 @@ def write_report(rows: list[dict[str, Any]]) -> None:
     old, _, tail = rest.partition(end)
     lines = {text.split(" | ")[0].removeprefix("| "): text for text in old.splitlines() if text.startswith("| ")}
     titles = lines.pop("what was done")
-    bites = {text[2:].rpartition(": ")[0]: text for text in old.splitlines() if text.startswith("- ")}
+    noted = [text for text in old.splitlines() if text.startswith("- ")]
+    bites = {part: text for part in lines for text in noted if text.startswith(f"- {part}: ")}
     for r in rows:
         bit = ", ".join(f"{name} {count}" for name, count in sorted(r["bit"].items()) if count)
         for older in [part for part in lines if part.startswith("soak") and r["part"].startswith("soak")]:
