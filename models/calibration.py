@@ -16,6 +16,7 @@ steps have none: see docs/decisions.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ MAPS = 2  # of the next event at a time not known, and at a known time
 _MEMORY = 700.0  # forecasts of a step after which an older one counts 1 / e
 _PRIOR = 10.0  # how firmly slopes are held at 0, in squared logarithms
 _LEAST = -0.9  # f rises
+_SLOPE, _INFORMATION = "calibration.slope", "calibration.information"
 
 
 class Calibration:
@@ -50,6 +52,15 @@ class Calibration:
         """Maps that change nothing."""
         knots = len(KNOTS)
         return Calibration(np.zeros((MAPS, knots)), np.tile(np.eye(knots) * _PRIOR, (MAPS, 1, 1)))
+
+    @staticmethod
+    def of(tensors: Mapping[str, npt.NDArray[Any]]) -> Calibration:
+        """The maps that stand among the tensors of weights or of a checkpoint; they are copied."""
+        return Calibration(tensors[_SLOPE].copy(), tensors[_INFORMATION].copy())
+
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """Copies, as they stand among the tensors of weights."""
+        return {_SLOPE: self.slope_MK.copy(), _INFORMATION: self.information_MKK.copy()}
 
     def copied(self) -> Calibration:
         """One that stays as it is while this one learns."""

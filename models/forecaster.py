@@ -94,7 +94,7 @@ class Forecaster:
             Normaliser(sums_3M=tensors["normaliser.sums"]),
         )
         purchases = Purchases(tensors["purchases.weight"], tensors["purchases.pairs"])
-        calibration = Calibration(tensors["calibration.slope"], tensors["calibration.information"])
+        calibration = Calibration.of(tensors)
         return Forecaster(network, knowledge, purchases, calibration, keys_V, weights.names, weights.version)
 
     @property
@@ -348,7 +348,6 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
         network = Network(settings, 0)
     tensors: Tensors = {f"network.{n}": t.detach().numpy() for n, t in network.state_dict().items()}
     successors, purchases = Successors.empty(settings.successors), Purchases.empty()
-    calibration = Calibration.empty()
     tensors |= {
         "vocabulary.keys": np.zeros(0, np.uint32),
         "vocabulary.popularity": np.zeros(0, np.float32),
@@ -359,8 +358,7 @@ def initial_weights(settings: NetworkSettings, seed: int) -> Weights:
         "successors.stay": successors.stay_V,
         "purchases.weight": purchases.weight_V,
         "purchases.pairs": purchases.pairs_22,
-        "calibration.slope": calibration.slope_MK,
-        "calibration.information": calibration.information_MKK,
+        **Calibration.empty().tensors(),
         "normaliser.sums": Normaliser.initial().sums_3M,
     }
     return Weights(version=0, settings=settings, tensors=tensors)

@@ -178,7 +178,7 @@ class Learner:
             tensors["successors.stay"].copy(),
         )
         self._purchases = Purchases(tensors["purchases.weight"].copy(), tensors["purchases.pairs"].copy())
-        self._calibration = Calibration(tensors["calibration.slope"].copy(), tensors["calibration.information"].copy())
+        self._calibration = Calibration.of(tensors)
         self._normaliser = Normaliser(sums_3M=tensors["normaliser.sums"])
         self._groups = GroupTable(ShiftSettings())
         self._users = Users(learning.users_max)
@@ -689,8 +689,7 @@ class Learner:
             "successors.stay": self._successors.stay_V[:rows].copy(),
             "purchases.weight": self._purchases.weight_V[:rows].copy(),
             "purchases.pairs": self._purchases.pairs_22.copy(),
-            "calibration.slope": self._calibration.slope_MK.copy(),
-            "calibration.information": self._calibration.information_MKK.copy(),
+            **self._calibration.tensors(),
             "normaliser.sums": self._normaliser.sums_3M,
         }
         return Weights(

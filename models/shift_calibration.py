@@ -93,13 +93,13 @@ class Histories:
 
     def some(self, chosen_U: npt.NDArray[np.bool_]) -> Histories:
         """Only the users where `chosen_U` is true, numbered anew."""
-        kept = chosen_U[self.user]
-        number = np.cumsum(chosen_U) - 1
+        chosen = self.at(chosen_U[self.user])
+        return replace(chosen, user=(np.cumsum(chosen_U) - 1)[chosen.user])
+
+    def at(self, where: slice | npt.NDArray[np.bool_]) -> Histories:
+        """Only some of the events; users keep their numbers."""
         return Histories(
-            user=number[self.user[kept]],
-            interest=self.interest[kept],
-            time_ms=self.time_ms[kept],
-            share=self.share[kept],
+            user=self.user[where], interest=self.interest[where], time_ms=self.time_ms[where], share=self.share[where]
         )
 
     @staticmethod
@@ -437,7 +437,6 @@ def _shift(folds: Sequence[Fold], thresholds_G: F64, rule: Rule, settings: Shift
         monitored_G, alarms_G = fold_tallies(folds, (thresholds_G + shift).tolist(), settings)
         return float(monitored_G.sum()) / target, float(alarms_G.sum())
 
-    low, high = -0.5 * base, 0.5 * base
     expected, _ = tallies(0.0)
     if expected < _MATCH_ALARMS:
         shift = 0.0
@@ -445,6 +444,7 @@ def _shift(folds: Sequence[Fold], thresholds_G: F64, rule: Rule, settings: Shift
             expected, alarms = tallies(shift)
             shift += 0.7 * math.log((alarms + 3.0) / (expected + 3.0)) / tail
         return shift
+    low, high = -0.5 * base, 0.5 * base
     for _ in range(_SHIFT_ROUNDS):
         shift = (low + high) / 2.0
         expected, alarms = tallies(shift)

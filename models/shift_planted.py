@@ -51,7 +51,7 @@ def softened(made: Splices, histories: Histories, settings: ShiftSettings, seed:
             theirs = not after or not own or rng.random() < share
             after.append((foreign if theirs else own).pop(0))
             length += len(after[-1])
-        parts.append(_in_a_row([_part(runs, int(first[r]), cut), *after], len(kept), int(made.at[r]) + made.window))
+        parts.append(_in_a_row([runs.at(slice(int(first[r]), cut)), *after], len(kept), int(made.at[r]) + made.window))
         kept.append(r)
     if not kept:
         return made
@@ -64,20 +64,10 @@ def softened(made: Splices, histories: Histories, settings: ShiftSettings, seed:
     return replace(made, runs=soft, at=made.at[kept], owner=made.owner[kept])
 
 
-def _part(histories: Histories, begin: int, end: int) -> Histories:
-    where = slice(begin, end)
-    return Histories(
-        user=histories.user[where],
-        interest=histories.interest[where],
-        time_ms=histories.time_ms[where],
-        share=histories.share[where],
-    )
-
-
 def _pieces(histories: Histories, starts: I64, begin: int, end: int) -> list[Histories]:
     """The sessions between two places."""
     edges = [begin, *starts[(starts > begin) & (starts < end)].tolist(), end]
-    return [_part(histories, a, b) for a, b in itertools.pairwise(edges)]
+    return [histories.at(slice(a, b)) for a, b in itertools.pairwise(edges)]
 
 
 def _in_a_row(pieces: list[Histories], user: int, events_max: int) -> Histories:
@@ -90,7 +80,7 @@ def _in_a_row(pieces: list[Histories], user: int, events_max: int) -> Histories:
         time_ms=pieces[0].time_ms[0] + np.cumsum(np.maximum(np.concatenate(gaps_ms), 0)),
         share=np.concatenate([piece.share for piece in pieces]),
     )
-    return _part(joined, 0, events_max)
+    return joined.at(slice(events_max))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -212,8 +212,7 @@ class Trainee(Learner):
         lists = {n: getattr(self._successors, n) for n in ("follower_VM", "weight_VM", "total_V", "stay_V")}
         arrays |= {f"successors.{n}": values for n, values in lists.items()}
         arrays["purchases.weight"], arrays["purchases.pairs"] = self._purchases.weight_V, self._purchases.pairs_22
-        arrays["calibration.slope"] = self._calibration.slope_MK
-        arrays["calibration.information"] = self._calibration.information_MKK
+        arrays |= self._calibration.tensors()
         arrays["normaliser.sums"] = self._normaliser.sums_3M
         network = {n: t.detach().cpu().contiguous() for n, t in self._network.state_dict().items()}
         facts = _Facts(
@@ -261,8 +260,7 @@ class Trainee(Learner):
         lists = (arrays[f"successors.{n}"].copy() for n in ("follower_VM", "weight_VM", "total_V", "stay_V"))
         self._successors = Successors(*lists)
         self._purchases = Purchases(arrays["purchases.weight"].copy(), arrays["purchases.pairs"].copy())
-        slope_MK, information_MKK = arrays["calibration.slope"].copy(), arrays["calibration.information"].copy()
-        self._calibration = Calibration(slope_MK, information_MKK)
+        self._calibration = Calibration.of(arrays)
         self._normaliser = Normaliser(sums_3M=arrays["normaliser.sums"])
         self._random.bit_generator.state = msgspec.json.decode(told.random)
         self._waiting.ranges = deque(told.waiting)

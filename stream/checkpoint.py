@@ -91,12 +91,7 @@ class Checkpoint:
     def positions(self, steps: Sequence[PartitionStep]) -> dict[TopicPartition, Position]:
         """The positions that a commit of these steps sets; their blocks have been sent."""
         return {
-            tp: Position(
-                offset,
-                self._progress(step).dump(),
-            )
-            for step in steps
-            for tp, offset in step.positions.items()
+            tp: Position(offset, self._progress(step).dump()) for step in steps for tp, offset in step.positions.items()
         }
 
     def _progress(self, step: PartitionStep) -> Progress:

@@ -239,12 +239,7 @@ def _unlabelled(file: EventFile, labels: LabelFile) -> Histories:
         if user in number:
             end_U[number[user]] = min(end_U[number[user]], first)
     kept = np.arange(len(histories)) - histories.first[histories.user] < end_U[histories.user]
-    return Histories(
-        user=histories.user[kept],
-        interest=histories.interest[kept],
-        time_ms=histories.time_ms[kept],
-        share=histories.share[kept],
-    )
+    return histories.at(kept)
 
 
 def _blocks(file: EventFile, labels: LabelFile, reported_U: npt.NDArray[np.bool_]) -> Labels:

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -290,7 +291,9 @@ class Worker:
 
         Also where we hold none: a poll that failed may have taken records that it did not give out.
         """
-        for tp in [tp for partition in self.states for tp in self._inputs_of(partition) if tp not in self._waiting]:
+        for tp in self._running():
+            if tp in self._waiting:
+                continue
             records = self._pending.get(tp)
             self._consumer.seek(tp, records[0].offset if records else self._at[tp])
         self._pending = {}
@@ -495,7 +498,7 @@ class Worker:
 
     def _seek_back(self) -> None:
         """Every partition that we run goes back to its committed position."""
-        for tp in [tp for partition in self.states for tp in self._inputs_of(partition)]:
+        for tp in self._running():
             self._seek(tp, self._at[tp])
 
     def _seek(self, tp: TopicPartition, offset: int | None) -> None:
@@ -572,6 +575,9 @@ class Worker:
 
     def _inputs_of(self, partition: int) -> list[TopicPartition]:
         return [TopicPartition(topic, partition) for topic in self._parts.topics.inputs]
+
+    def _running(self) -> list[TopicPartition]:
+        return [tp for partition in self.states for tp in self._inputs_of(partition)]
 
     # ------------------------------------------------------------------ partitions that come and go
 
@@ -661,18 +667,19 @@ class Worker:
         told = {tp: Progress.load(p.metadata, f"{tp.topic}-{tp.partition}") for tp, p in committed.items() if p}
         for one in filter(None, told.values()):
             self._check_partitions(one)
-        newest = max((found for tp in tps if (found := told.get(tp)) is not None), key=_blocks, default=None)
-        if own is not None and (newest is None or newest.next_block < own.progress.next_block):
-            self._check_partitions(own.progress)
-        elif own is None and newest is not None and newest.next_block < state.next_block:
-            raise Retryable(
-                f"partition {partition}: the committed position is older than the state committed with it; where that "
-                "stays so, look at the broker's log of group positions before this worker goes on"
-            )
-        elif newest is not None and (own is None or newest.next_block > own.progress.next_block):
-            own = None  # older programs did not say it, or the log has lost its end: the group knows best
-        progress = own.progress if own is not None else newest
+        newest = max(
+            (found for tp in tps if (found := told.get(tp)) is not None), key=attrgetter("next_block"), default=None
+        )
+        if own is not None and newest is not None and newest.next_block > own.progress.next_block:
+            own = None  # the log has lost its end: the group knows best
+        progress = newest if own is None else own.progress
         if progress is not None:
+            self._check_partitions(progress)
+            if own is None and progress.next_block < state.next_block:
+                raise Retryable(
+                    f"partition {partition}: the committed position is older than the state committed with it; where "
+                    "that stays so, look at the broker's log of group positions before this worker goes on"
+                )
             self._parts.weights.swap(at_least=progress.weights)
             state.seen = max(state.seen, progress.seen)
             state.watermark_ms = max(state.watermark_ms, progress.watermark_ms)
@@ -700,10 +707,6 @@ class Worker:
                 "migrate: new topics (topics.prefix, topics.events), a new app.name, `driftline rekey OLD NEW` for the "
                 "input"
             )
-
-
-def _blocks(progress: Progress) -> int:
-    return progress.next_block
 
 
 def halves(batch: Inputs) -> list[Inputs]:

@@ -15,10 +15,11 @@ import msgspec
 from stream.checkpoint import OnStep, TopicNames
 from stream.config import WorkerSettings
 from stream.errors import DriftlineError
-from stream.memory import ManualClock
+from stream.memory import FaultHook, ManualClock
+from stream.memory_state import Group
 from stream.start import EARLIEST, Start
 from stream.testing import DigestEngine, Verdict, arena_content, fold_inputs, judge, read_all
-from stream.transport import Record, TopicSpec, Transport
+from stream.transport import Position, Record, TopicPartition, TopicSpec, Transport
 from stream.worker import Turn, WeightsSource, Worker, WorkerParts
 
 log = logging.getLogger(__name__)
@@ -150,3 +151,16 @@ def check_arena(worker: Worker, inputs: list[Record]) -> list[str]:
         for partition, state in worker.states.items()
         if arena_content(state) != expected.get(partition, {})
     ]
+
+
+def put_right_when_asked(group: Group, positions: dict[TopicPartition, Position], times: int) -> FaultHook:
+    """A fault hook: the group's positions become these when they are asked for the given time."""
+    left = times
+
+    def faults(point: str, who: str) -> None:
+        nonlocal left
+        left -= point == "committed"
+        if left == 0:
+            group.positions = positions
+
+    return faults

@@ -143,6 +143,16 @@ def _all(reader: Any, tp: TopicPartition, wait_s: float) -> list[tuple[int, byte
     return found
 
 
+def _group_client(log: dict[str, Any], group: str, **settings: Any) -> Any:
+    """A client of a group that never joins it."""
+    from kafka import KafkaConsumer
+
+    return KafkaConsumer(
+        bootstrap_servers=[log["kafka"]], group_id=group, enable_auto_commit=False, isolation_level="read_committed",
+        **settings,
+    )  # fmt: skip
+
+
 class _Positions:
     """The committed positions of a group, asked from outside of it."""
 
@@ -155,19 +165,13 @@ class _Positions:
     def ask(self) -> dict[TopicPartition, int]:
         if "kafka" not in self._log or time.monotonic() < self._next_s:
             return {}
-        from kafka import KafkaConsumer, errors
+        from kafka import errors
         from kafka.structs import TopicPartition as ClientPartition
 
         self._next_s = time.monotonic() + 0.5
         try:
             if self._client is None:
-                self._client = KafkaConsumer(
-                    bootstrap_servers=[self._log["kafka"]],
-                    group_id=self._group,
-                    enable_auto_commit=False,
-                    isolation_level="read_committed",
-                    request_timeout_ms=5_000,
-                )
+                self._client = _group_client(self._log, self._group, request_timeout_ms=5_000)
             found = {tp: self._client.committed(ClientPartition(*tp), timeout_ms=1_000) for tp in self._tps}
         except errors.KafkaError:
             return {}
@@ -300,13 +304,7 @@ class Site:
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
-        from kafka import KafkaConsumer
-
-        servers = [self.log["kafka"]]
-        client = KafkaConsumer(
-            bootstrap_servers=servers, group_id=self.prefix + "app", enable_auto_commit=False,
-            isolation_level="read_committed",
-        )  # fmt: skip
+        client = _group_client(self.log, self.prefix + "app")
         try:
             client.assign(self._inputs())
             yield client

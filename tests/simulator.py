@@ -204,13 +204,11 @@ class World:
     # ------------------------------------------------------------------ faults
 
     def _call(self, point: str, who: str) -> Fault | None:
-        if point == "committed" and self.stack and self._is_due(self.rates.old):
+        may_bite = self.stack and not self.calm and self.budget > 0
+        if point == "committed" and may_bite and self.rng.random() < self.rates.old:
             self._bite("old", self.stack[-1], point)
             return Fault.OLD
         return self._maybe(f"{point} {who}".rstrip(), point not in ("poll", "committed", "read", "bounds"))
-
-    def _is_due(self, rate: float) -> bool:
-        return not self.calm and self.budget > 0 and self.rng.random() < rate
 
     def _maybe(self, where: str, changes: bool) -> Fault | None:
         """Before a call or a step: nothing, a kill, a loss, or a pause in which others go on."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from digest_app import create_topics, topic_names
+from digest_app import create_topics, put_right_when_asked, topic_names
 
 from stream import weights
 from stream.errors import ConfigError, Corrupt, Fenced
@@ -216,15 +216,7 @@ def test_an_old_position_is_asked_for_again(lies: int) -> None:
     drain(loop)
     loop.close()
     newest, group.positions = group.positions, old
-    left = lies
-
-    def faults(point: str, who: str) -> None:
-        nonlocal left
-        left -= point == "committed"
-        if left == 0:
-            group.positions = newest
-
-    log.faults = faults
+    log.faults = put_right_when_asked(group, newest, lies)
     loop = learner(log, observer)
     drain(loop)
     twice = sum(count == 2 for count in tally(loop).values())

@@ -7,7 +7,16 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from digest_app import AtOnce, Counting, check_arena, create_topics, make_worker, topic_names, verdict_of
+from digest_app import (
+    AtOnce,
+    Counting,
+    check_arena,
+    create_topics,
+    make_worker,
+    put_right_when_asked,
+    topic_names,
+    verdict_of,
+)
 
 from stream.checkpoint import STEPS
 from stream.errors import ConfigError, Corrupt, Fenced, Retryable
@@ -197,15 +206,7 @@ def test_a_log_without_positions_asks_again_for_an_old_one(
     old = two_fills(log)
     group, newest = log.group("app"), dict(log.group("app").positions)
     group.positions = dict(old)
-    left = lies
-
-    def faults(at: str, who: str) -> None:
-        nonlocal left
-        left -= at == "committed"
-        if left == 0:
-            group.positions = newest
-
-    log.faults = faults
+    log.faults = put_right_when_asked(group, newest, lies)
     worker = worker_on(log)
     fill(log, random.Random(5), 100)
     if lies == 2:
