@@ -11,7 +11,7 @@ same seed give the same weights on a CPU.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -148,6 +148,10 @@ class Learner:
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda[:N]".
+
+    Attributes:
+        before_change: called each time before anything changes that its forecasters share: another thread may use the
+            newest one until this returns.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class Learner:
         self._adwin: Any = ADWIN()  # type: ignore[no-untyped-call]
         self._boost_steps = 0
         self._shed = 0
+        self.before_change: Callable[[], object] = lambda: None
         self._know()
 
     def _know(self) -> None:
@@ -336,6 +341,7 @@ class Learner:
             return float("nan")
         loss.backward()  # type: ignore[no-untyped-call]
         boost = self._learning.drift_boost if self._boost_steps else 1.0
+        self.before_change()
         return new_loss if self._optimiser.step(boost) else float("nan")
 
     def _calibrate(self, number_B: I64) -> None:
@@ -619,6 +625,7 @@ class Learner:
 
     def _count(self, number_B: I64) -> None:
         """Count events once they are learned (or shed): what was counted is never seen by its own gradient."""
+        self.before_change()
         history = self._history
         row_B = number_B % history.capacity
         interest_B = history.interest[row_B]
@@ -657,7 +664,7 @@ class Learner:
         return Forecaster(
             network,
             self._knowledge,
-            self._purchases,
+            self._purchases.copied(),
             self._calibration.copied(),
             self._vocabulary.keys,
             self._vocabulary.names,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ _BLOCK = 8  # events, where the unit is one event: as many of somebody else's in
 _UNIT_EVENTS_MAX = 60
 FIT_USERS = 12  # fewer: nothing is fitted
 _FIT_UNITS = 100  # of each kind; fewer: nothing is learned
+_THREADS = 2  # that judge choices
 _MATCH_ALARMS = 12.0  # a threshold is matched where this many alarms are expected, and extrapolated beyond
 _POOL_ALARMS = 40.0  # alarms' worth of the common threshold in an age group's own
 _RIDGE = 1e-3
@@ -633,8 +635,12 @@ class _Trial:
         self._units: dict[Choice, list[tuple[F64, F64]]] = {}
 
     def best(self, choices: Iterable[Choice]) -> tuple[float, Choice]:
-        """The choice with the smallest mean delay, and that delay; one that cannot be learned here is inf."""
-        return min((self.judge(choice) for choice in choices), key=lambda judged: judged[0])
+        """The choice with the smallest mean delay, and that delay; one that cannot be learned here is inf.
+
+        Judged beside each other: most of it is the compiled walk, which lets other threads run.
+        """
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return min(pool.map(self.judge, choices), key=lambda judged: judged[0])
 
     def judge(self, choice: Choice) -> tuple[float, Choice]:
         """Mean delay on made shifts, a missed one counted as the window, and a little of that on synthetic users."""

@@ -138,8 +138,8 @@ class Trainee(Learner):
             return super().forecaster()
         # With the adapters merged in once, not at each use.
         return Forecaster(
-            self._copied(), self._knowledge, self._purchases, self._calibration.copied(), self._vocabulary.keys,
-            self._vocabulary.names, self.version,
+            self._copied(), self._knowledge, self._purchases.copied(), self._calibration.copied(),
+            self._vocabulary.keys, self._vocabulary.names, self.version,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ passes

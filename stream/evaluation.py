@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -383,9 +384,8 @@ def run_driftline(
     """The pipeline and the learner of `driftline run`, in this process."""
     changed = {section: msgspec.structs.replace(getattr(config, section), **values)
                for section, values in VARIANTS.get(name, {}).items()}  # fmt: skip
-    forecast = msgspec.structs.replace(config.forecast, emission=_SILENT)
-    config = msgspec.structs.replace(config, **changed, forecast=forecast)
-    decoder = make_decoder(config)
+    silent = msgspec.structs.replace(config.forecast, emission=_SILENT)
+    config = msgspec.structs.replace(config, **changed, forecast=silent)
     warm_up(config)
     learner = _learner(name, config, wanted, seed)
     judged = Judged.empty(len(stream), wanted.horizon)
@@ -416,29 +416,41 @@ def run_driftline(
 
     settings = pipeline_settings(config, quality_share=1.0)
     # Not `learner.forecaster()`: that shares the learner's vocabulary, and these weights stay in use while it grows.
-    pipeline = Pipeline(settings, decoder, Forecaster.from_weights(learner.weights()), judge=judge_batch)
+    pipeline = Pipeline(settings, make_decoder(config), Forecaster.from_weights(learner.weights()), judge=judge_batch)
     state = PartitionState(arena=Arena(pipeline.dtype), groups=pipeline.new_groups())
+    decoder = make_decoder(config)  # each thread has its own
     done, made_at, made_ms = 0, 0, int(stream.time_ms_E[0])
     at_once = wanted.delay == Delay()
-    meter = _Meter()
-    while done < len(stream):
-        count = min(config.learning.step_events, pipeline.next_cut(state.seen) - state.seen)
-        batch = stream.records[done : done + count]
+
+    def forecast_batch(batch: list[LogRecord]) -> None:
         for step in pipeline.process({0: state}, {TP: batch}):
             merge(pipeline, state, step)
-        done += len(batch)
-        if done <= frozen_from:
-            decoded = decoder.decode(batch)
-            learner.observe(decoded.user_key_B, decoded.columns, decoded.interest_names, id_hash_B=decoded.id_hash_B)
-            while learner.learn(64).steps:
-                pass
-            now_ms = int(stream.time_ms_E[done - 1])
-            if at_once:
-                pipeline.forecaster = learner.forecaster()
-            elif wanted.delay.is_over(done - made_at, now_ms - made_ms):
-                made_at, made_ms = done, now_ms
-                pipeline.forecaster = Forecaster.from_weights(learner.weights())
-        on_progress(name, done, len(stream))
+
+    meter = _Meter()
+    with ThreadPoolExecutor(1, "forecasts") as helper:
+        while done < len(stream):
+            count = min(config.learning.step_events, pipeline.next_cut(state.seen) - state.seen)
+            batch = stream.records[done : done + count]
+            # Gradients are computed beside the forecasts: both read the same weights, which change when both are done.
+            forecast = helper.submit(forecast_batch, batch)
+            learner.before_change = forecast.result
+            done += len(batch)
+            if done <= frozen_from:
+                decoded = decoder.decode(batch)
+                learner.observe(
+                    decoded.user_key_B, decoded.columns, decoded.interest_names, id_hash_B=decoded.id_hash_B
+                )
+                while learner.learn(64).steps:
+                    pass
+            forecast.result()
+            if done <= frozen_from:
+                now_ms = int(stream.time_ms_E[done - 1])
+                if at_once:
+                    pipeline.forecaster = learner.forecaster()
+                elif wanted.delay.is_over(done - made_at, now_ms - made_ms):
+                    made_at, made_ms = done, now_ms
+                    pipeline.forecaster = Forecaster.from_weights(learner.weights())
+            on_progress(name, done, len(stream))
     outcome = meter.outcome(name, seed, judged, len(stream))
     outcome.trained_share = learner.trained_share() if isinstance(learner, Trainee) else 1.0
     outcome.purchases = asked if asked.key_EK.any() else None

@@ -10,13 +10,13 @@ import pytest
 import torch
 from made_events import made, rounds
 
-from models.features import EventColumns
+from models.features import TYPE_CODES, EventColumns
 from models.forecaster import Forecaster
 from models.gru import Network
 from models.history import Users, previous_events
 from models.learner import Learner
 from models.optimiser import Optimiser
-from models.profile import AGGREGATE_COUNT, HIDDEN
+from models.profile import AGGREGATE_COUNT, HIDDEN, Snapshot
 from models.settings import LearningSettings, NetworkSettings
 from models.snapshot import Weights
 
@@ -134,6 +134,29 @@ def test_versions_count_up_and_do_not_change_afterwards(device: str) -> None:
     payload = learner.weights_bytes()
     assert (learner.version, Weights.from_bytes(payload).version) == (1, 1)
     assert Forecaster.from_weights(Weights.from_bytes(payload)).version == 1
+
+
+def test_a_forecaster_changes_only_once_that_is_told(device: str) -> None:
+    """Whoever is asked before a change gets the forecasts of before, whatever was computed since; then they change."""
+    events = stream(400)
+    events.type[::7] = TYPE_CODES["purchase"]
+    learner = fresh(device=device)
+    seen: list[list[bytes]] = []
+    for start in range(0, 384, 32):
+        feed(learner, events, slice(start, start + 32))
+        forecaster, probe = learner.forecaster(), learner._history.snapshot(np.arange(8))
+
+        def look(forecaster: Forecaster = forecaster, probe: Snapshot = probe) -> None:
+            made = forecaster.forecast(np.ones((8, HIDDEN), np.float32), probe, None, steps=2, top_k=5)
+            seen[-1].append(made.probability_ENK.tobytes() + made.purchase_probability_EK.tobytes())
+
+        learner.before_change = look
+        seen.append([])
+        look()
+        assert learner.learn(1).steps == 1
+        look(learner.forecaster())
+    assert all(len(found) == 4 and found[0] == found[1] for found in seen)  # before the gradient, before the counts
+    assert all(found[0] != found[3] for found in seen[1:])
 
 
 def test_a_restored_learner_goes_on_where_it_stood(device: str) -> None:
