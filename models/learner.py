@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -197,6 +198,7 @@ class Learner:
         self._adwin: Any = ADWIN()  # type: ignore[no-untyped-call]
         self._boost_steps = 0
         self._shed = 0
+        self._helper = ThreadPoolExecutor(1, "learner")
         self.before_change: Callable[[], object] = lambda: None
         self._know()
 
@@ -330,19 +332,30 @@ class Learner:
 
     def _step(self, number_B: I64) -> float:
         """One gradient step; the mean loss of the new events, NaN where it was skipped."""
-        if not self._optimiser.steps % _CALIBRATED_EVERY:
-            self._calibrate(number_B)
         replayed = self._replay(round(len(number_B) * self._learning.replay_share))
         loss, new_loss = self._loss(number_B, replayed)
-        if loss is None:
-            return float("nan")
         self._optimiser.zero()
-        if not torch.isfinite(loss):
+        beside = self._helper.submit(self._learn_beside, number_B)
+        finite = loss is not None and bool(torch.isfinite(loss))
+        if loss is not None and finite:
+            loss.backward()  # type: ignore[no-untyped-call]
+        if not (beside.result() and finite):
             return float("nan")
-        loss.backward()  # type: ignore[no-untyped-call]
         boost = self._learning.drift_boost if self._boost_steps else 1.0
         self.before_change()
         return new_loss if self._optimiser.step(boost) else float("nan")
+
+    def _learn_beside(self, number_B: I64) -> bool:
+        """What shares no gradient with the rest, so that another thread can learn it; False where it is not finite."""
+        if not self._optimiser.steps % _CALIBRATED_EVERY:
+            self._calibrate(number_B)
+        if not (self._learning.auxiliary_losses and self._purchases.known):
+            return True
+        loss = self._purchase_loss(number_B)
+        finite = bool(torch.isfinite(loss))
+        if finite and loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return finite
 
     def _calibrate(self, number_B: I64) -> None:
         """Learn maps of probabilities from what was forecast of these events, before anything is learned from them.
@@ -426,20 +439,17 @@ class Learner:
             loss = loss + _TYPE_WEIGHT * f.cross_entropy(type_ET, kinds)
             if len(row_L):
                 loss = loss - _HORIZON_WEIGHT * log_p_E[len(next_E) :].sum() / len(row_L)
-            loss = loss + self._purchase_loss(number_B)
         return loss, new_loss
 
-    def _purchase_loss(self, number_B: I64) -> Tensor | float:
+    def _purchase_loss(self, number_B: I64) -> Tensor:
         """Of the moments whose n events end with these: was an interest bought in them? Trains its own head alone."""
         history, ahead = self._history, self._learning.horizon_steps - 1
-        if not self._purchases.known:
-            return 0.0
         row_EK, count_E = history.before(number_B, ahead)
         whole = count_E == ahead
         window_EN = np.concatenate([row_EK, (number_B % history.capacity)[:, None]], axis=1)[whole]
         row_E = window_EN[:, max(0, ahead - 1)]  # the first of the n events: the record before it
         if not len(row_E):
-            return 0.0
+            return torch.zeros(())
         candidates, moments = self._moments_here(row_E, None)
         snapshot, network = history.snapshot(row_E), self._network
         interest_EN, counted_EN = history.interest[window_EN], history.learned[window_EN]
