@@ -19,7 +19,7 @@ from models.calibration import Calibration, map_of
 from models.features import F32, I64, TYPE_COUNT, U32, EventColumns
 from models.gru import Moments, Network, Step
 from models.inputs import Normaliser
-from models.knowledge import Candidates, Knowledge
+from models.knowledge import Candidates, Inputs, Knowledge
 from models.profile import HIDDEN, Snapshot
 from models.purchases import Purchases, pairs_of
 from models.settings import NetworkSettings
@@ -109,12 +109,15 @@ class Forecaster:
 
     # ------------------------------------------------------------------ states
 
-    def encode(self, events: EventColumns, gap_s_B: F32, aggregates_BA: F32, hidden_UH: F32) -> tuple[F32, F32, F32]:
+    def encode(
+        self, events: EventColumns, gap_s_B: F32, aggregates_BA: F32, hidden_UH: F32, inputs: Inputs | None = None
+    ) -> tuple[F32, F32, F32]:
         """States before and after each event, and the users' newest, in one pass of the GRU.
 
         Args:
             events: `user_row` is the row of each event's user in `hidden_UH`; a user's events are in order.
             gap_s_B, aggregates_BA: see models/profile.py `Advanced`.
+            inputs: of these events, where they are at hand.
 
         Returns:
             (before_BH, after_BH, new_UH)
@@ -122,7 +125,7 @@ class Forecaster:
         if not len(events):
             return np.zeros((0, HIDDEN), np.float32), np.zeros((0, HIDDEN), np.float32), hidden_UH.copy()
         packing = Packing.of(events.user_row, len(hidden_UH))
-        inputs = self._knowledge.inputs(events, gap_s_B, aggregates_BA)
+        inputs = inputs or self._knowledge.inputs(events, gap_s_B, aggregates_BA)
         order = torch.from_numpy(packing.event_P)
         with torch.inference_mode():
             input_BI = self._network.inputs(

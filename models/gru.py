@@ -108,22 +108,14 @@ class View:
     inner_SW: Tensor
     rank_S: Tensor
 
-    def first(self, count: int) -> View:
-        """Of the first moments."""
-        return self._part(0, count)
-
     def after(self, count: int) -> View:
         """Of the moments behind the first ones."""
-        return self._part(count, len(self.moments.copies_E))
-
-    def _part(self, start: int, end: int) -> View:
         moments = self.moments
-        bounds = torch.searchsorted(moments.owner_S, torch.tensor([start, end], device=moments.owner_S.device)).tolist()
-        slots, whole = slice(*bounds), slice(start, end)
+        slots, whole = slice(int((moments.owner_S < count).sum()), None), slice(count, None)
         return View(
             moments=Moments(
-                place_S=moments.place_S[slots] - start * moments.slots,
-                owner_S=moments.owner_S[slots] - start,
+                place_S=moments.place_S[slots] - count * moments.slots,
+                owner_S=moments.owner_S[slots] - count,
                 embedding_S=moments.embedding_S[slots],
                 number_SF=moments.number_SF[slots],
                 context_EG=moments.context_EG[whole],
@@ -156,13 +148,10 @@ class Step:
     log_counted_E: Tensor
     log_trained_E: Tensor
 
-    def first(self, count: int) -> Step:
-        """Of the first moments."""
-        return Step(**{name: getattr(self, name)[:count] for name in self.__slots__})
-
-    def after(self, count: int) -> Step:
-        """Of the moments behind the first ones."""
-        return Step(**{name: getattr(self, name)[count:] for name in self.__slots__})
+    def split(self, counts: Sequence[int]) -> list[Step]:
+        """So many moments each, one part behind another."""
+        parts = [getattr(self, name).split(list(counts)) for name in self.__slots__]
+        return [Step(**dict(zip(self.__slots__, part, strict=True))) for part in zip(*parts, strict=True)]
 
     @staticmethod
     def joined(steps: Sequence[Step]) -> Step:

@@ -249,7 +249,7 @@ class Learner:
         advanced = advance(records, events, self._groups, ShiftSettings(), _SILENT, np.ones(len(events), np.bool_))
         inputs = self._knowledge.inputs(events, advanced.gap_s_B, advanced.aggregates_BA)
         before_BH, _after, new_UH = self.forecaster().encode(
-            events, advanced.gap_s_B, advanced.aggregates_BA, records["hidden"]
+            events, advanced.gap_s_B, advanced.aggregates_BA, records["hidden"], inputs
         )
         previous_B, newest_U = previous_events(events.user_row, self._users.last_event[row_U], self._history.end)
         digest_B = digests(user_key_B, events)
@@ -420,8 +420,9 @@ class Learner:
         hidden_EH = torch.cat([burn_in_EH, self._tensor(history.hidden[row_L])])
         view = network.view(moments, embedding_SD)
         step = network.step(network.at_moment(hidden_EH, moments), view)
-        steps, at = [step.first(len(next_E))], [np.arange(len(next_E))]
-        for later, at_L in self._steps_behind(step, view, ahead, len(next_E)):
+        now, behind = step.split([len(next_E), len(row_L)])
+        steps, at = [now], [np.arange(len(next_E))]
+        for later, at_L in self._steps_behind(behind, view, ahead, len(next_E)):
             steps.append(later)
             at.append(at_L)
         at_E = np.concatenate(at)
@@ -503,21 +504,21 @@ class Learner:
         )
 
     def _steps_behind(self, step: Step, view: View, ahead: _Ahead, first: int) -> Iterator[tuple[Step, I64]]:
-        """Decode on from the moments behind the first ones; each leaves at its own step, the farthest come first.
+        """Decode on from the moments behind the first ones; each is wanted at its own step, the farthest come first.
 
         Yields:
             What is due at a step, and the moments that it belongs to.
         """
         if not len(ahead.row_L):
             return
-        step, view = step.after(first), view.after(first)
+        view = view.after(first)
         for number in range(2, int(ahead.back_L[0]) + 2):
-            left = int((ahead.back_L + 1 >= number).sum())
-            step, view = step.first(left), view.first(left)
+            # All go on, though some are done: they are few, and to cut them off takes longer.
             step = self._network.step(self._network.next_state(step, view, number), view)
-            due = np.flatnonzero(ahead.back_L[:left] + 1 == number)
+            due = np.flatnonzero(ahead.back_L + 1 == number)
             if len(due):
-                yield step.after(int(due[0])), first + due
+                before = int(due[0])
+                yield step.split([before, len(due), len(ahead.row_L) - before - len(due)])[1], first + due
 
     def _burn_in(self, number_E: I64, embedding_S: Tensor) -> tuple[Tensor, Tensor]:
         """States before these events, by the GRU over the events before them from a carried state on.

@@ -42,7 +42,8 @@ class Optimiser:
 
     def zero(self) -> None:
         """Forget the gradients."""
-        self._network.zero_grad(set_to_none=True)
+        for parameter in (*self._dense, *(getattr(self._network, name) for name in _TABLES)):
+            parameter.grad = None
 
     def step(self, boost: float) -> bool:
         """Apply the gradients; False, and nothing is changed, where they are not finite."""
