@@ -348,6 +348,7 @@ def _parameters(settings: ShiftSettings, rule: Rule, emission: EmissionSettings 
         hold_spreads=rule.hold_spreads,
         kept_share=rule.kept_share,
         usual_guarded=rule.usual_guarded,
+        rise_scale=rule.rise_scale,
         policy=_POLICIES[due.policy] if emission else _NEVER,
         max_events=due.max_events,
         max_age_ms=int(due.max_age_s * 1_000),

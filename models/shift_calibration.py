@@ -58,11 +58,14 @@ _TAIL_MIN, _TAIL_MAX = 0.03, 2.0
 _AGE_TAIL_MIN = 0.2  # a flatter one makes ages with few alarms jump
 _GROWTH_MIN, _GROWTH_MAX = 0.3, 0.9  # powers of the events between alarms with which thresholds grow
 _FAR = 3.0  # times the events between alarms that were matched
-_USUAL = 6
 _FEATURES = (0, 1, 2, 3, 4, 5, 7)
 _UNUSUAL = 8
-_USUAL_SHARES = (0.15, 0.3)  # of the mean, at least
-_PLANTED_WEIGHT = 0.05  # of the mean delay on synthetic users: they decide where real ones hardly do
+_SETTLED = 9
+_SETTLED_SHARES = (1.0, 2.0)  # of the mean's coefficient
+_RISE_SHARE = 0.25  # of the alarms, for the second statistic
+_RISE_STEPS = 10
+_RISE_SCALES = (0.01, 20.0)
+_PLANTED_WEIGHT = 0.1  # of the mean delay on synthetic users: they decide where real ones hardly do
 _PLANTED_USERS = 60
 _PLANTED_INTERESTS = 12
 _DRIFTS = (0.0, 0.15, 0.3)  # taken from a learned ratio, nats
@@ -230,13 +233,14 @@ def delays(splices: Splices, alarm_B: npt.NDArray[np.bool_], refractory: int) ->
 # ---------------------------------------------------------------------- fit
 
 
-def fit(own: F64, foreign: F64, chosen: Sequence[int], usual_share: float = 0.0) -> tuple[float, ...]:
+def fit(own: F64, foreign: F64, chosen: Sequence[int], settled_share: float = 0.0) -> tuple[float, ...]:
     """Coefficients of the log-likelihood ratio of one unit, somebody else's against the user's own.
 
     Args:
         own, foreign: features of units, from `units`.
         chosen: which features to use.
-        usual_share: what the user's units usually come to is taken from the mean at least to this share.
+        settled_share: how far the user's level lies below that of most users is added, times this share of the mean's
+            coefficient. Not fitted: few real users are so settled.
     """
     x = np.concatenate([own, foreign])[:, list(chosen)]
     y = np.concatenate([np.zeros(len(own)), np.ones(len(foreign))])
@@ -245,8 +249,8 @@ def fit(own: F64, foreign: F64, chosen: Sequence[int], usual_share: float = 0.0)
     fitted = _logistic(x, y, weight)
     coefficients[list(chosen)] = fitted[:-1]
     coefficients[-1] = fitted[-1]
-    if usual_share:
-        coefficients[_USUAL] = min(coefficients[_USUAL], -usual_share * max(0.0, coefficients[0]))
+    if settled_share:
+        coefficients[_SETTLED] = settled_share * max(0.0, coefficients[0])
     return tuple(coefficients.tolist())
 
 
@@ -472,10 +476,10 @@ def calibrate(histories: Histories, settings: ShiftSettings, rng: np.random.Gene
         if settings.statistic in ("auto", kind):
             best = trial.best(_first_choices(histories, settings, learned=kind == "learned"))
             finer = _finer_features(best[1]) if kind == "learned" else _finer_drifts(best[1], settings)
-            found.append(min(best, trial.best(finer), key=lambda judged: judged[0]))
+            found.append(trial.best(finer, best))
     best = min(found, key=lambda judged: judged[0])
     for finer in (_finer_memories(best[1]), _finer_guards(best[1], settings)):
-        best = min(best, trial.best(finer), key=lambda judged: judged[0])
+        best = trial.best(finer, best)
     folds, rule = trial.folds(best[1] if math.isfinite(best[0]) else replace(best[1], features=()))
     matched = match(folds, rule, settings, settings.false_alarm_events)
     whole: list[Fold] = [(users, rule) for users, _ in folds]
@@ -501,7 +505,8 @@ class Choice:
     Attributes:
         plain_drift: taken from each interest's ratio, nats.
         drift: taken from a learned ratio of a unit, nats.
-        usual_share: see `fit`.
+        settled_share: see `fit`.
+        rise_share: of the alarms, for the second statistic, by which `Rule.rise_scale` is found.
     """
 
     by_session: bool
@@ -509,7 +514,8 @@ class Choice:
     kappa: float
     usual_guarded: bool = True
     features: tuple[int, ...] = ()
-    usual_share: float = 0.0
+    settled_share: float = 0.0
+    rise_share: float = 0.0
     plain_drift: float
     drift: float = 0.0
     unit_events: int = UNIT_ENDLESS
@@ -556,25 +562,27 @@ def _first_choices(histories: Histories, settings: ShiftSettings, *, learned: bo
             for short_share in _SHORT_SHARES:
                 for kappa in (settings.kappa, 2.5 * settings.kappa):
                     yield replace(plain, short_share=short_share, kappa=kappa)
+                    if short_share and not by_session and not is_long(histories):
+                        yield replace(plain, short_share=short_share, kappa=kappa, rise_share=_RISE_SHARE)
 
 
 def _finer_features(best: Choice) -> Iterator[Choice]:
     for drift in _DRIFTS:
         yield replace(best, drift=drift)
-        for usual_share in _USUAL_SHARES:
-            yield replace(best, features=(*best.features, _USUAL), usual_share=usual_share, drift=drift)
+        for settled_share in _SETTLED_SHARES:
+            yield replace(best, settled_share=settled_share, drift=drift)
 
 
 def _finer_drifts(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
     """More drift where users come in bursts: evidence dies down sooner, and the threshold is lower."""
-    for factor in (2.5, 5.0):
+    for factor in () if best.rise_share else (2.5, 5.0):
         for short_share in _SHORT_SHARES:
             yield replace(best, plain_drift=factor * settings.drift, short_share=short_share)
 
 
 def _finer_memories(best: Choice) -> Iterator[Choice]:
     """How long the slow profile remembers."""
-    for factor in (0.5, 4.0):
+    for factor in () if best.rise_share else (0.5, 4.0):
         yield replace(best, half_life_events=best.half_life_events * factor)
 
 
@@ -582,6 +590,8 @@ def _finer_guards(best: Choice, settings: ShiftSettings) -> Iterator[Choice]:
     """From which evidence on the slow profile is held, and how unusual a unit must be for it."""
     for factor in (1.0, 2.0):
         yield replace(best, hold_share=factor * settings.hold_share, hold_spreads=SPREADS_ENDLESS)
+    if best.rise_share:  # no spread is known where rises are watched
+        return
     for spreads in (0.5 * _HOLD_SPREADS, _HOLD_SPREADS, SPREADS_ENDLESS):
         yield replace(best, hold_share=_HOLD_STRICT * settings.hold_share, hold_spreads=spreads)
 
@@ -604,7 +614,7 @@ def _rule(choice: Choice, settings: ShiftSettings, own_and_foreign: tuple[F64, F
     rule = _plain(choice, settings)
     if not choice.features or not all(map(len, own_and_foreign)):  # nothing to learn from, e.g. users of one visit each
         return rule
-    coefficients = fit(*own_and_foreign, choice.features, choice.usual_share)
+    coefficients = fit(*own_and_foreign, choice.features, choice.settled_share)
     return msgspec.structs.replace(
         rule, name="learned-" + rule.name, coefficients=(*coefficients[:-1], coefficients[-1] - choice.drift)
     )
@@ -633,14 +643,18 @@ class _Trial:
         monitored = sum(alarm_rate(half, never, settings)[0] for half in halves)
         self._false_alarm_events = min(settings.false_alarm_events, max(50.0, monitored / (2 * _MATCH_ALARMS)))
         self._units: dict[Choice, list[tuple[F64, F64]]] = {}
+        self._scales: dict[Rule, float] = {}
 
-    def best(self, choices: Iterable[Choice]) -> tuple[float, Choice]:
+    def best(self, choices: Iterable[Choice], *known: tuple[float, Choice]) -> tuple[float, Choice]:
         """The choice with the smallest mean delay, and that delay; one that cannot be learned here is inf.
 
         Judged beside each other: most of it is the compiled walk, which lets other threads run.
+
+        Args:
+            known: judged already, and kept unless one of the choices is better.
         """
         with ThreadPoolExecutor(_THREADS) as pool:
-            return min(pool.map(self.judge, choices), key=lambda judged: judged[0])
+            return min([*known, *pool.map(self.judge, choices)], key=lambda judged: judged[0])
 
     def judge(self, choice: Choice) -> tuple[float, Choice]:
         """Mean delay on made shifts, a missed one counted as the window, and a little of that on synthetic users."""
@@ -661,7 +675,7 @@ class _Trial:
 
     def units(self, choice: Choice) -> list[tuple[F64, F64]]:
         """Features of own and of foreign units, of each half."""
-        key = replace(choice, features=(), drift=0.0, hold_share=0.0, usual_share=0.0)
+        key = replace(choice, features=(), drift=0.0, hold_share=0.0, settled_share=0.0)
         if key not in self._units:
             plain = _plain(choice, self._settings)
             self._units[key] = [units(half, plain, self._settings, np.random.default_rng(0)) for half in self._halves]
@@ -670,12 +684,29 @@ class _Trial:
     def folds(self, choice: Choice) -> tuple[list[Fold], Rule]:
         """For each half of the users the rule of the other half, and the rule of everybody."""
         if not choice.features:
-            rule = _plain(choice, self._settings)
+            rule = self._with_rise(_plain(choice, self._settings), choice.rise_share)
             return [(half, rule) for half in self._halves], rule
         one, other = self.units(choice)
         both = (np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]]))
         rules = [_rule(choice, self._settings, part) for part in (other, one)]
         return list(zip(self._halves, rules, strict=True)), _rule(choice, self._settings, both)
+
+    def _with_rise(self, rule: Rule, rise_share: float) -> Rule:
+        """The rule with a second statistic to which that share of the alarms is left."""
+        if not rise_share:
+            return rule
+        if rule not in self._scales:
+            alone = [(half, rule) for half in self._halves]
+            threshold = _bisect(alone, self._settings, self._false_alarm_events / (1.0 - rise_share))
+            low, high = _RISE_SCALES
+            for _ in range(_RISE_STEPS):
+                scale = math.sqrt(low * high)
+                both = [(half, msgspec.structs.replace(rule, rise_scale=scale)) for half in self._halves]
+                monitored_G, alarms_G = fold_tallies(both, threshold, self._settings)
+                few = monitored_G.sum() >= alarms_G.sum() * self._false_alarm_events
+                low, high = (scale, high) if few else (low, scale)
+            self._scales[rule] = low
+        return msgspec.structs.replace(rule, rise_scale=self._scales[rule])
 
 
 def mean_delay(splices: Splices, rule: Rule, settings: ShiftSettings) -> float:

@@ -26,6 +26,8 @@ class Rule(Struct, frozen=True, kw_only=True):
         short_share: share of the user's last events in what a shifted user is expected to do.
         kappa: events' worth of the segment's shares mixed into a user's slow profile.
         usual_guarded: the user's level and spread do not learn while evidence builds.
+        rise_scale: of a second statistic, the rise of the events' ratios above the user's own mean: evidence is the
+            larger one of the first and so many times the second. 0: there is none.
         unit_events: a session is a unit of its own after so many events, up to 16; more: never.
         half_life_events: an event counts half in the slow profile after so many newer ones.
         kept_share: how much the slow profile of before an alarm weighs after it.
@@ -46,6 +48,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     kappa: float
     drift: float
     usual_guarded: bool = False
+    rise_scale: float = 0.0
     unit_events: int = UNIT_ENDLESS
     half_life_events: float = 100.0
     kept_share: float = KEPT_SHARE

@@ -10,7 +10,7 @@ On the way of an event: `advance` (models/profile.py) hands a batch to `walk`. W
       slow_*         the slow profile: up to PROFILE interests with exponentially decayed weights, as logarithms:
                      decay is a subtraction of integers, the same in a batch of any size
       tail           16-bit marks of what fell out of it lately: known, though not by how much
-      detector       evidence, session_*, level, spread, watch: 16 bytes
+      detector       evidence, rise, session_*, level, spread, watch: 16 bytes
       averages, times, counters
 
 Order within one event: end of the unit of evidence before (a session, or one event) -> what surges for everybody
@@ -80,6 +80,7 @@ FEATURES = (  # of the unit of evidence under way: a session, or a single event
     "usual",  # what the user's units usually come to
     "rarity",  # mean -log of its interests' shares among all users, in whole nats each
     "unusual",  # how far its mean lies above the user's level, in the user's spreads: what is beyond the first
+    "settled",  # how far the user's level lies below that of most users: a usual visit says more of such a user
 )
 FEATURE_COUNT = len(FEATURES)
 
@@ -122,7 +123,6 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
         ("slow_interest", "<u4", (profile,)),  # 0 = free slot
         ("slow_total", "<f4"),  # decayed count of all events learned, also of interests that fell out of the profile
         ("evidence", "<f4"),  # W, the CUSUM over the units before the one under way
-        ("session_sum", "<f4"),  # log-likelihood ratios of the unit under way, summed over its distinct interests
         ("mean_dwell_s", "<f4"),
         ("mean_log_price", "<f4"),
         ("events", "<u4"),
@@ -131,6 +131,8 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
         ("weights_version", "<u4"),  # of the network that wrote `hidden`
         ("block", "<u4"),  # number of the newest state block that holds this record
         ("dedupe", "<u4", (4,)),  # hashes of the last event ids, where deduplication is on
+        ("rise", "<u2"),  # CUSUM of the events' ratios above the user's own mean, in 1/128 nats
+        ("session_nats", "<i2"),  # ratios of the unit under way, summed over its distinct interests, in 1/64 nats
         ("ring_gap", "<u2", (ring,)),  # round(2048 * log2(1 + seconds since the user's event before)), clipped
         ("slow_weight", "<u2", (profile,)),  # logarithm of the decayed count, see `weight_of`; as of the last event
         ("tail", "<u2", (TAIL,)),  # marks of the interests that last fell out of the slow profile; 0 = none
@@ -144,7 +146,7 @@ def user_dtype(ring: int = RING, profile: int = PROFILE, hidden: int = HIDDEN) -
         ("session_rarity", "u1"),  # -log of the shares among all of the first 16 of them, summed in whole nats
         ("tail_next", "u1"),
         ("level", "i1"),  # what the user's units usually come to: running mean of FEATURES' mean, in 1/16 nats
-        ("spread", "u1"),  # running mean of how far they lie from it, in 1/16 nats; 0 = no unit yet
+        ("spread", "u1"),  # mean distance from it, in 1/16 nats, 0 = no unit yet; watching rises: the level's fraction
         ("user_flags", "u1"),
         ("segment", "u1"),
     ]
@@ -263,6 +265,7 @@ class Parameters(NamedTuple):
     hold_spreads: float
     kept_share: float
     usual_guarded: bool
+    rise_scale: float
     policy: int
     max_events: int
     max_age_ms: int
@@ -285,6 +288,12 @@ _SPREAD_FIRST = 24  # 1.5 nats: of a user without units
 _SPREAD_MIN = 8  # half a nat: who always does the same has no spread at all
 _UNUSUAL_FROM = 1.0  # spreads
 _UNUSUAL_MAX = 4.0
+_SETTLED_FROM = 3.5  # nats below 0
+_NATS_SCALE = 64.0
+_RISE_SCALE = 128.0
+_RISE_DRIFT = 0.1  # nats an event
+_MEAN_SCALE = 4_096.0  # level and spread together, where rises are watched
+_MEAN_RATE = 0.02
 _TAIL_WEIGHT = 0.25  # decayed count that a mark in the tail stands for
 _KNOWN_WEIGHT = 0.5  # decayed count from which the slow profile knows an interest
 _OFFSET_STEPS_MAX = 12.0  # alarms too many or too few that the thresholds answer for
@@ -622,7 +631,7 @@ def _learn_crowd(crowd: Any, b: int, segment: int, time_ms: int) -> int:
 def _count(user: Any, ratio: float, weight: float, q_all: float) -> None:
     """A new distinct interest in the unit under way."""
     share = min(1.0, weight / max(user.slow_total, 1e-9))
-    user.session_sum += ratio
+    user.session_nats = int(min(32_767.0, max(-32_767.0, user.session_nats + round(ratio * _NATS_SCALE))))
     user.session_count += 1
     user.session_known += weight > _KNOWN_WEIGHT
     user.session_share = int(min(_SHARE_SCALE, int(user.session_share) + round(share * _SHARE_SCALE)))
@@ -631,19 +640,47 @@ def _count(user: Any, ratio: float, weight: float, q_all: float) -> None:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
+def _session_sum(user: Any) -> float:
+    """Ratios of the unit under way, nats."""
+    return float(user.session_nats / _NATS_SCALE)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _mean_ratio(user: Any) -> float:
+    """What the user's events usually come to, nats; kept where rises are watched."""
+    return float((int(user.level) * 256 + int(user.spread)) / _MEAN_SCALE)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _learn_mean(user: Any, ratio: float) -> None:
+    rate = max(_MEAN_RATE, 1.0 / (int(user.events) + 1.0))
+    mean = _mean_ratio(user)
+    code = round(min(32_767.0, max(-32_768.0, (mean + rate * (ratio - mean)) * _MEAN_SCALE)))
+    user.level = code >> 8
+    user.spread = code & 255
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _rise(user: Any, ratio: float) -> None:
+    """The CUSUM of what the user's events come to, above the user's own mean."""
+    risen = user.rise / _RISE_SCALE + ratio - _mean_ratio(user) - _RISE_DRIFT
+    user.rise = round(min(65_535.0, max(0.0, risen * _RISE_SCALE)))
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _spreads_above(user: Any) -> float:
     """How far the unit under way lies above what the user's units usually come to, in the user's own spreads."""
     count = max(1, int(user.session_count))
     spread = max(_SPREAD_MIN, int(user.spread)) if user.spread > 0 else _SPREAD_FIRST
-    return float((user.session_sum / math.sqrt(count) * _LEVEL_SCALE - user.level) / spread)
+    return float((_session_sum(user) / math.sqrt(count) * _LEVEL_SCALE - user.level) / spread)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _describe(user: Any, features_F: Any) -> None:
     """The features of the unit under way; see FEATURES."""
     count = max(1, int(user.session_count))
-    features_F[0] = user.session_sum / math.sqrt(count)
-    features_F[1] = user.session_sum
+    features_F[0] = _session_sum(user) / math.sqrt(count)
+    features_F[1] = _session_sum(user)
     features_F[2] = math.log(count)
     features_F[3] = user.session_known / count
     features_F[4] = math.sqrt(user.session_share / _SHARE_SCALE)
@@ -651,6 +688,7 @@ def _describe(user: Any, features_F: Any) -> None:
     features_F[6] = user.level / _LEVEL_SCALE
     features_F[7] = user.session_rarity / min(count, _RARITY_COUNT)
     features_F[8] = min(_UNUSUAL_MAX, max(0.0, _spreads_above(user) - _UNUSUAL_FROM))
+    features_F[9] = max(0.0, -user.level / _LEVEL_SCALE - _SETTLED_FROM)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -670,11 +708,11 @@ def _close(user: Any, typical: bool) -> None:
     """The unit under way is over: a typical one enters the user's level and spread. The next one is empty."""
     count = int(user.session_count)
     if count and typical:
-        off = user.session_sum / math.sqrt(count) * _LEVEL_SCALE - user.level
+        off = _session_sum(user) / math.sqrt(count) * _LEVEL_SCALE - user.level
         spread = int(user.spread) if user.spread > 0 else _SPREAD_FIRST
         user.spread = round(min(255.0, max(1.0, spread + _SPREAD_RATE * (min(255.0, abs(off)) - spread))))
         user.level = round(min(127.0, max(-127.0, user.level + _LEVEL_RATE * off)))
-    user.session_sum = 0.0
+    user.session_nats = 0
     user.session_count = 0
     user.session_known = 0
     user.session_share = 0
@@ -712,6 +750,7 @@ def _anchor_anew(user: Any, p: Any) -> None:
         if i < since:
             _learn_slow(user, user.ring_interest[slot], 1.0)
     user.evidence = 0.0
+    user.rise = 0
     _close(user, False)
     user.watch = -p.refractory
     user.alerts = min(65_535, int(user.alerts) + 1)
@@ -827,11 +866,14 @@ def walk(
         if starts or not p.by_session:
             if monitored:
                 user.evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
-                if user.evidence <= 0.0:
+                if p.rise_scale == 0.0:
+                    user.rise = 0
+                if user.evidence <= 0.0 and user.rise == 0:
                     _calm(user, p.hold_share >= 0.0 and _spreads_above(user) <= p.hold_spreads)
             group = np.searchsorted(_AGE_EDGES, age, side="right")
             threshold = max(_THRESHOLD_MIN, thresholds_G[group] + crowd.offset[0])
-            _close(user, not p.usual_guarded or user.evidence <= p.hold_share * threshold)
+            usual = not p.usual_guarded or user.evidence <= p.hold_share * threshold
+            _close(user, usual and p.rise_scale == 0.0)
 
         # what surges for everybody, or in the segment, enters what is usual
         surge_all = surge_segment = 0.0
@@ -860,11 +902,15 @@ def walk(
         evidence = 0.0
         if monitored:
             evidence = max(user.evidence, 0.0) + _value(user, p.coefficients_F, features_F)
+            if p.rise_scale > 0.0:
+                _rise(user, ratio)
+                evidence = max(evidence, p.rise_scale * user.rise / _RISE_SCALE)
             if evidence > 0.0 or user.evidence > 0.0:
                 user.watch = min(32_767, int(user.watch) + 1)
         elif user.watch < 0:
             user.watch += 1
             user.evidence = 0.0
+            user.rise = 0
         if out.features.shape[0] > 0:
             _describe(user, out.features[b])
         out.evidence[b] = evidence
@@ -902,6 +948,8 @@ def walk(
             alarms += 1
             _anchor_anew(user, p)
         elif not held:
+            if p.rise_scale > 0.0:
+                _learn_mean(user, ratio)
             _decay_slow(user, p.decay_code, p.decay)
             _learn_slow(user, interest, 1.0)
         out.surging[b] |= SUSPECT * (out.onset_events[b] > 0) + CLEARED * (

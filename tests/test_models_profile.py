@@ -169,7 +169,7 @@ def test_hostile_times_and_numbers_leave_no_nan() -> None:
     assert np.isfinite(done.ratio_B).all() and np.isfinite(done.evidence_B).all()
     later = done.before.events_E > 0
     assert np.isnan(done.gap_s_B[~later]).all() and (done.gap_s_B[later] >= 0).all()
-    for name in ("slow_total", "evidence", "session_sum", "mean_dwell_s", "mean_log_price"):
+    for name in ("slow_total", "evidence", "session_nats", "mean_dwell_s", "mean_log_price"):
         assert np.isfinite(records[name]).all(), name
     assert done.alert_B.any()
 

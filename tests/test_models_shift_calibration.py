@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from river.drift import KSWIN
 
-from models.profile import EmissionSettings, advance
+from models.profile import EmissionSettings, advance, replay
 from models.shift import ShiftSettings
 from models.shift_baselines import DummyDetector, LookedUpKSWIN, Outcome, RuleDetector, frozen_detector, set_knob
 from models.shift_calibration import (
     Histories,
+    Splices,
     alarm_rate,
     calibrate,
     columns,
@@ -109,6 +110,9 @@ def rules() -> list[Rule]:
         fixed_rule(by_session=False, threshold=0.5, drift=0.1, short_share=0.3),
         plain,
         msgspec.structs.replace(plain, coefficients=learned, usual_guarded=True, hold_spreads=1.0),
+        msgspec.structs.replace(
+            fixed_rule(by_session=False, threshold=3.0, drift=0.1, short_share=0.3), name="rise", rise_scale=0.5
+        ),
     ]
 
 
@@ -323,14 +327,74 @@ def test_meaning_is_that_of_shifts_and_not_of_moments() -> None:
     assert (clock.alerts or 0) > 50 and abs((clock.confirmed or 0) - (clock.confirmed_random or 1)) < 0.15
 
 
-def test_users_compared_with_themselves_have_their_say() -> None:
-    """What a user's units usually come to is taken from the mean, at least to the share that is asked for."""
+def test_a_visit_of_a_settled_user_counts_for_more() -> None:
+    """How far a user's level lies below that of most users is added, to the share of the mean that is asked for."""
     rng = np.random.default_rng(5)
     own, foreign = (rng.normal(m, 1.0, (400, FEATURE_COUNT)) for m in (0.0, 1.0))
-    place = FEATURES.index("usual")
-    free, held = (fit(own, foreign, range(FEATURE_COUNT), share) for share in (0.0, 0.3))
-    assert free[place] > 0.0 and held[place] == pytest.approx(-0.3 * held[0])
-    assert [c for i, c in enumerate(free) if i != place] == [c for i, c in enumerate(held) if i != place]
+    place = FEATURES.index("settled")
+    free, more = (fit(own, foreign, (0, 1, 2), share) for share in (0.0, 2.0))
+    assert free[place] == 0.0 and more[place] == pytest.approx(2.0 * more[0]) and more[0] > 0.0
+    assert [c for i, c in enumerate(free) if i != place] == [c for i, c in enumerate(more) if i != place]
+
+    rule = msgspec.structs.replace(fixed_rule(by_session=True, threshold=1e9, drift=0.25), hold_share=1.0)
+    settled, roving = (shop(1, 200, seed=19, loyal=loyal) for loyal in (1.0, 0.2))
+    level = {
+        name: run(with_share(users, share=0.02), rule, SETTINGS, features=True).features_BF[-1, place]
+        for name, users in (("settled", settled), ("roving", roving))
+    }
+    assert level["settled"] > 0.5 and level["roving"] == 0.0
+
+
+def test_a_rise_above_the_own_mean_is_found_sooner() -> None:
+    """At one rate of alarms on users of every kind, the second statistic is ahead where a settled user changes."""
+    users, one, other = shop(60, 120, seed=23, loyal=0.6), *(shop(40, 150, seed=s, loyal=0.95) for s in (24, 25))
+    shifted = (np.arange(len(one)) - one.first[one.user]) >= 90
+    changed = histories_of(one.user, np.where(shifted, other.interest, one.interest), one.time_ms)
+    made = Splices(runs=changed, at=np.full(40, 90), owner=np.arange(40), window=60)
+    plain = fixed_rule(by_session=False, threshold=3.0, drift=0.25, kappa=20.0, short_share=0.3)
+    delay = {}
+    for scale in (0.0, 1.0):
+        detector = RuleDetector("x", msgspec.structs.replace(plain, rise_scale=scale), SETTINGS)
+        delay[scale] = mean_delay(made, detector.at(set_knob(detector, users, 100.0)), SETTINGS)
+    assert delay[1.0] < 0.8 * delay[0.0]
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: f"{rule.name}-{rule.unit_events}")
+def test_a_history_may_be_cut_anywhere(rule: Rule) -> None:
+    """Event by event, in parts, at once, and after a restore from bytes: the same evidence, alarms and records."""
+    histories = shop(4, 90, seed=27, loyal=0.7)
+    events = columns(histories.user, histories.interest, histories.time_ms)
+    whole = np.zeros(4, user_dtype_of(0))
+    at_once = replay(whole, events, histories.share, rule, SETTINGS)
+    assert at_once.alert_B.any()
+    for size in (1, 64):
+        records = np.zeros(4, user_dtype_of(0))
+        for start in range(0, len(events), size):
+            part = slice(start, start + size)
+            records = np.frombuffer(records.tobytes(), records.dtype).copy()
+            done = replay(records, events.take(part), histories.share[part], rule, SETTINGS)
+            assert done.evidence_B.tobytes() == at_once.evidence_B[part].tobytes()
+            assert done.alert_B.tobytes() == at_once.alert_B[part].tobytes()
+        assert records.tobytes() == whole.tobytes()
+
+
+def test_a_rule_without_the_second_statistic_forgets_it() -> None:
+    """What one rule had added up does not keep the next one from calming down, nor count when it comes back."""
+    histories = shop(1, 120, seed=29, loyal=0.5)
+    events = columns(histories.user, histories.interest, histories.time_ms)
+    plain = fixed_rule(by_session=False, threshold=1e9, drift=0.1)
+    records = np.zeros(1, user_dtype_of(0))
+    replay(records, events, histories.share, msgspec.structs.replace(plain, rise_scale=1.0), SETTINGS)
+    assert records["rise"][0] > 0
+    replay(records, events, histories.share, plain, SETTINGS)
+    assert records["rise"][0] == 0
+
+
+def test_the_detector_has_sixteen_bytes_a_user() -> None:
+    """What it remembers of a user beside the profile."""
+    fields = ("evidence", "rise", "session_nats", "session_count", "session_known", "session_share", "session_rarity",
+              "level", "spread", "watch")  # fmt: skip
+    assert sum(user_dtype_of(0)[name].itemsize for name in fields) == 16
 
 
 def test_shares_leave_the_user_out() -> None:

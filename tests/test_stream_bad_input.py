@@ -41,7 +41,7 @@ def alerts_of(stream: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
     state, outputs = run(make(), records(stream), 2_048)
     for _, record in outputs:
         check_finite(record)
-    for name in ("hidden", "evidence", "session_sum", "slow_total", "mean_dwell_s", "mean_log_price"):
+    for name in ("hidden", "evidence", "session_nats", "slow_total", "mean_dwell_s", "mean_log_price"):
         assert np.isfinite(state.arena.all()[name]).all(), name
     events = sum(r["events"] for s, r in outputs if s == "metrics")
     assert events == len(stream)
