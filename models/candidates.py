@@ -32,10 +32,12 @@ FEATURES = (
 CONTEXT = (
     "gap_known", "log_gap", "gap_10s", "gap_1m", "gap_5m", "gap_30m", "gap_2h", "gap_8h", "gap_1d", "gap_4d",
     "hour_sin", "hour_cos", "run_length", "distinct", "repeat_share", "return_share", "log_events", "slow_top",
-    "slow_rest", "tempo", "last_bought", "last_carted", "new_user",
+    "slow_rest", "tempo", "last_bought", "last_carted", "new_user", "gap_before",
+    "run_1", "run_2", "run_3", "run_4", "run_6", "run_10",
 )  # fmt: skip
 FEATURE_COUNT = len(FEATURES)
 CONTEXT_COUNT = len(CONTEXT)
+_RUN_1 = CONTEXT.index("run_1")
 _GAP_CENTRES_S = np.array([10.0, 60.0, 300.0, 1_800.0, 7_200.0, 28_800.0, 86_400.0, 345_600.0])
 _CLOSE = 1.2  # width of a gap's soft bucket, in natural-log seconds
 _DAY_S = 86_400.0
@@ -231,6 +233,8 @@ def _candidates(
         g_EG[e, 10] = math.sin(day)
         g_EG[e, 11] = math.cos(day)
         g_EG[e, 12] = run_of_last
+        if run:  # which run lengths end soon is no matter of more and less
+            g_EG[e, _RUN_1 + (run - 1 if run < 4 else 3 if run < 6 else 4 if run < 10 else 5)] = 1.0
         g_EG[e, 13] = ring_used / max(1, n)
         g_EG[e, 14] = repeats / max(1, n - 1)
         g_EG[e, 15] = returns / max(1, n - 1)
@@ -243,6 +247,7 @@ def _candidates(
             last = ring_type_ER[e, 0]
             g_EG[e, 20] = 1.0 if last == 3 else 0.0
             g_EG[e, 21] = 1.0 if last == 2 else 0.0
+            g_EG[e, 23] = math.log1p(_gap_seconds(ring_gap_ER[e, 0])) / 8.0
         else:
             g_EG[e, 22] = 1.0
     return key_EC, x_ECF, g_EG

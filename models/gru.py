@@ -11,6 +11,10 @@ The probability of an interest at a step is a mixture:
 
 `counted` is a part of its own beside the lift: a softmax spreads what the counts have right where few interests follow.
 
+Whether a user stays with his last interest depends on how the run of it, the pauses and what came before go together: a
+hidden layer looks at the moment and the two newest candidates at once, and adds to the score of the last interest, to
+the gate and to the trust.
+
 It starts as the recency rule: the copy score is -log(slot) plus terms that start at 0, the gate lets no interest of the
 vocabulary pass before a candidate, and all else starts as popularity and what followed. Learning can only add.
 
@@ -27,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from models.candidates import CONTEXT_COUNT, FEATURE_COUNT
+from models.candidates import CONTEXT_COUNT, FEATURE_COUNT, FEATURES
 from models.features import TYPE_COUNT
 from models.inputs import NUMBER_COUNT
 from models.profile import HIDDEN
@@ -46,6 +50,8 @@ PAIR_NUMBERS = CANDIDATE_NUMBERS + 2  # of a moment and an interest: not the use
 BUYER_COUNT = 5  # of a user: what is known of his purchases, see models/purchases.py
 STEP_CODES = 8  # steps of the decoder that are told apart
 GATE_START = 0.997  # with the copy score -log(slot): no general interest passes the last of 48 candidates
+_NEWEST = 2  # candidates that the hidden layer of a moment looks at
+_IS_LAST = FEATURES.index("is_last")
 NEVER = -30.0  # logarithm of a probability that is none
 
 
@@ -83,6 +89,15 @@ class Moments:
         usual_EM = torch.exp(log_popularity_V)[self.follower_EM] * self.base_E.unsqueeze(1)
         return torch.log1p(self.extra_EM / usual_EM)
 
+    def newest(self) -> Tensor:
+        """What is known of the newest candidates, 0 where there are fewer: (E, _NEWEST * F)."""
+        slot_S = self.place_S - self.owner_S * self.slots
+        near_S = slot_S < _NEWEST
+        count, numbers = len(self.copies_E), self.number_SF.shape[1]
+        found = torch.zeros(count * _NEWEST, numbers, dtype=self.number_SF.dtype, device=self.number_SF.device)
+        at = (self.owner_S * _NEWEST + slot_S)[near_S]
+        return found.index_copy_(0, at, self.number_SF[near_S]).view(count, -1)
+
     def log_counted(self, at_E: Tensor, row_E: Tensor, log_popularity_V: Tensor) -> Tensor:
         """log p of one interest by what is counted alone.
 
@@ -107,6 +122,7 @@ class View:
     embedding_SD: Tensor
     inner_SW: Tensor
     rank_S: Tensor
+    moment_EW: Tensor
 
     def after(self, count: int) -> View:
         """Of the moments behind the first ones."""
@@ -129,6 +145,7 @@ class View:
             embedding_SD=self.embedding_SD[slots],
             inner_SW=self.inner_SW[slots],
             rank_S=self.rank_S[slots],
+            moment_EW=self.moment_EW[whole],
         )
 
 
@@ -189,10 +206,13 @@ class Network(nn.Module):
         self.buy_number = nn.Linear(PAIR_NUMBERS, copy)
         self.buy_state = nn.Linear(HIDDEN + MOMENT_NUMBERS + BUYER_COUNT, copy, bias=False)
         self.buy_score = nn.Linear(copy, 1)
+        self.moment_number = nn.Linear(_NEWEST * CANDIDATE_NUMBERS, copy)
+        self.moment_state = nn.Linear(HIDDEN + MOMENT_NUMBERS, copy, bias=False)
+        self.moment_score = nn.Linear(copy, 3)  # the last interest, the gate, the trust
         with torch.no_grad():
             starts = (
-                self.project, self.copy_score, self.copy_match, self.gate, self.trust, self.query, self.crowd,
-                self.next_type, self.buy_score,
+                self.project, self.copy_score, self.moment_score, self.copy_match, self.gate, self.trust, self.query,
+                self.crowd, self.next_type, self.buy_score,
             )  # fmt: skip
             for layer in starts:
                 layer.weight.zero_()
@@ -238,6 +258,7 @@ class Network(nn.Module):
             embedding_SD=f.embedding(moments.embedding_S, self.interest) if embedding_SD is None else embedding_SD,
             inner_SW=self.copy_number(moments.number_SF),
             rank_S=self.copy_rank * moments.number_SF[:, 0],
+            moment_EW=self.moment_number(moments.newest()),
         )
 
     def at_moment(self, hidden_EH: Tensor, moments: Moments) -> Tensor:
@@ -254,11 +275,15 @@ class Network(nn.Module):
         inner_SW = view.inner_SW + self.copy_state(seen_EG)[owner_S]
         score_S = self.copy_score(f.silu(inner_SW)).squeeze(-1) - view.rank_S
         score_S = score_S + (view.embedding_SD * self.copy_match(state_EH)[owner_S]).sum(dim=-1)
+        last_E, opens_E, trusts_E = self.moment_score(f.silu(view.moment_EW + self.moment_state(seen_EG))).unbind(
+            dim=-1
+        )
+        score_S = score_S + last_E[owner_S] * moments.number_SF[:, _IS_LAST]
         score_EC = torch.full((len(state_EH) * moments.slots,), NEVER, dtype=score_S.dtype, device=score_S.device)
         score_EC = score_EC.index_copy(0, moments.place_S, score_S).view(-1, moments.slots)
-        gate_E = self.gate(seen_EG).squeeze(-1)
+        gate_E = self.gate(seen_EG).squeeze(-1) + opens_E
         gate_E = torch.where(moments.copies_E, gate_E, torch.full_like(gate_E, NEVER))
-        trust_E = self.trust(seen_EG).squeeze(-1)
+        trust_E = self.trust(seen_EG).squeeze(-1) + trusts_E
         return Step(
             state_EH=state_EH,
             copy_EC=f.log_softmax(score_EC, dim=-1),

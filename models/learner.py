@@ -362,7 +362,7 @@ class Learner:
 
         Each is asked for twice: at its time, and at a time not known, as forecasts are published; without dropout.
         """
-        history, network, knowledge = self._history, self._network, self._knowledge
+        history, network, knowledge = self._history, self._optimiser.average, self._knowledge
         most = max(_CALIBRATED_MIN, _CALIBRATED_NUMBERS // max(1, len(knowledge.popularity_V)))
         row_B = number_B[:most] % history.capacity
         row_E = np.concatenate([row_B, row_B])
@@ -664,12 +664,12 @@ class Learner:
     # ------------------------------------------------------------------ versions
 
     def _parameters(self) -> Mapping[str, Tensor]:
-        """Of a plain Network; see models/adapters.py for one that is not."""
-        return self._network.state_dict()
+        """Of a plain Network that makes the forecasts; see models/adapters.py for one that is not."""
+        return self._optimiser.average.state_dict()
 
     def forecaster(self) -> Forecaster:
         """The network as it stands, on the CPU, for use in this process."""
-        network = self._network
+        network = self._optimiser.average
         if self._device.type != "cpu":
             network = self._copy = self._copy or self._copied()
         return Forecaster(

@@ -1,11 +1,16 @@
 """The optimiser: row-wise Adagrad with a decaying sum for embeddings, AdamW for all else, and tables that grow.
 
+Gradients are taken at weights that jump about their best place; forecasts are made with their running average, which
+lies nearer to it (Polyak and Juditsky 1992), and gradients may be computed beside them. Tables are not averaged: few of
+their rows move in a step.
+
 A plain sum of squares drives a row's rate to 0 on an endless stream; here it decays. A table that grows keeps the sums
 of its rows; a row that will stand for something else starts anew, weights and sums.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -19,24 +24,34 @@ from models.gru import Network
 from models.settings import LearningSettings
 
 _TABLES = ("interest", "bias", "item")  # rows of the first two stand for interests
+_AVERAGE_START = 9.0  # step n moves the average by 9 / (n + 9) of the way at least
 _SUM_START = 1e-5  # sum of squares that every row starts with: rows that see next to no gradient stay where they are
 
 
 class Optimiser:
-    """Owns the training of a Network; `grow` replaces its tables."""
+    """Owns the training of a Network; `grow` replaces its tables.
+
+    Attributes:
+        average: a network of the same tables whose other weights are the running average.
+    """
 
     def __init__(self, network: Network, learning: LearningSettings) -> None:
         self._network = network
         self._learning = learning
         self._sums = {name: _sums_for(getattr(network, name)) for name in _TABLES}
         self._dense: list[nn.Parameter] = [p for n, p in network.named_parameters() if n not in _TABLES]
+        tables: dict[int, Any] = {id(table): table for table in (getattr(network, name) for name in _TABLES)}
+        self.average: Network = copy.deepcopy(network, tables)
+        self._means = [p.data for n, p in self.average.named_parameters() if n not in _TABLES]
         self._adam = torch.optim.AdamW(
             self._dense, lr=learning.rate, betas=(0.9, 0.99), weight_decay=learning.weight_decay, fused=True
         )
         self.steps = 0
 
     def restart(self) -> None:
-        """Warm up again, with AdamW's moments as at the start; the sums of the rows stay."""
+        """Warm up again from the average, with AdamW's moments as at the start; the sums of the rows stay."""
+        with torch.no_grad():
+            torch._foreach_copy_([p.data for p in self._dense], self._means)
         self._adam.state.clear()
         self.steps = 0
 
@@ -65,6 +80,8 @@ class Optimiser:
         with torch.no_grad():
             for name, gradient in tables.items():
                 self._step_rows(name, gradient, square_V[name], clip, factor)
+            rate = max(1.0 - self._learning.average_decay, _AVERAGE_START / (self.steps + _AVERAGE_START))
+            torch._foreach_lerp_(self._means, [p.data for p in self._dense], rate)
         return True
 
     def _step_rows(self, name: str, gradient: Tensor, square_V: Tensor, clip: float, factor: float) -> None:
@@ -97,6 +114,7 @@ class Optimiser:
             sums = _sums_for(table)
             sums[: len(old)] = self._sums[name]
             setattr(network, name, table)
+            setattr(self.average, name, table)
             self._sums[name] = sums
 
     def reset_rows(self, row_R: I64, random: np.random.Generator) -> None:
@@ -111,16 +129,17 @@ class Optimiser:
     # ------------------------------------------------------------------ bytes
 
     def to_bytes(self) -> bytes:
-        """Sums, moments and steps, as `load` reads them."""
+        """Sums, moments, steps and the weights that gradients are taken at, as `load` reads them."""
         tensors = {f"sums.{name}": sums.cpu().contiguous() for name, sums in self._sums.items()}
         for i, parameter in enumerate(self._dense):
+            tensors[f"dense.{i}"] = parameter.detach().cpu().contiguous()
             for name, value in self._adam.state.get(parameter, {}).items():
                 tensors[f"adam.{i}.{name}"] = value.detach().cpu().contiguous()
         tensors["steps"] = torch.tensor([self.steps])
         return safetensors.torch.save(tensors)
 
     def load(self, payload: bytes) -> None:
-        """Go on where `to_bytes` stood; the network has at least as many rows as then."""
+        """Go on where `to_bytes` stood; the network holds the average of then, with at least as many rows."""
         tensors = safetensors.torch.load(payload)
         device = self._network.interest.device
         for name in _TABLES:
@@ -133,6 +152,7 @@ class Optimiser:
                 for name in ("step", "exp_avg", "exp_avg_sq")
                 if (key := f"adam.{i}.{name}") in tensors
             }
+            parameter.data.copy_(tensors[f"dense.{i}"])
             if state:
                 self._adam.state[parameter] = state
         self.steps = int(tensors["steps"][0])

@@ -18,7 +18,9 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     hashed_rows: Annotated[
         int, Meta(description="rows shared by interests that the vocabulary does not hold yet", ge=1, le=65_536)
     ] = 32
-    copy_width: Annotated[int, Meta(description="width of the copy head's hidden layer", ge=1, le=1_024)] = 32
+    copy_width: Annotated[
+        int, Meta(description="width of the hidden layers of the copy head and of the moment", ge=1, le=1_024)
+    ] = 32
     successors: Annotated[int, Meta(description="interests remembered as followers of each interest", ge=1, le=512)] = (
         32
     )
@@ -88,6 +90,15 @@ class LearningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(description="what a step leaves of row-wise Adagrad's sums, 0..1", gt=0, le=1)
     ] = 0.999
     weight_decay: Annotated[float, Meta(description="AdamW's weight decay", ge=0, le=1)] = 1e-3
+    average_decay: Annotated[
+        float,
+        Meta(
+            description="what a step leaves of the running average of the weights, which is what forecasts are made "
+            "with; the tables of interests and items are not averaged; 0 = no average",
+            ge=0,
+            lt=1,
+        ),
+    ] = 0.95
     clip: Annotated[float, Meta(description="largest norm of a gradient", gt=0)] = 1.0
     dropout: Annotated[float, Meta(description="dropout of the hidden state before the output, 0..1", ge=0, lt=1)] = 0.1
     warmup_steps: Annotated[int, Meta(description="steps over which the rates rise to their values", ge=0)] = 50

@@ -2,7 +2,7 @@
 
 On the way of an event: the learner writes one every few seconds, workers load the newest between two batches.
 
-    "DLW3" | header length u32 | header, JSON | body, safetensors
+    "DLW4" | header length u32 | header, JSON | body, safetensors
     header: version, settings and their fingerprint, names of the interests by row, sha256 of the body
 """
 
@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from models.settings import NetworkSettings
 
-_MAGIC = b"DLW3"
+_MAGIC = b"DLW4"
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -74,7 +74,7 @@ class Weights:
             ValueError: the bytes are no weights, or broken.
         """
         if payload[:4] != _MAGIC:
-            raise ValueError("not weights of this program: the first four bytes are not DLW3")
+            raise ValueError("not weights of this program: the first four bytes are not DLW4")
         start = 8 + int.from_bytes(payload[4:8], "little")
         try:
             header = msgspec.json.decode(payload[8:start], type=_Header)

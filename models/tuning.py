@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from models.adapters import AdapterOptimiser, adapt, merged, trained_share
@@ -93,15 +94,13 @@ class Trainee(Learner):
     def adapt(self, rank: int, seed: int) -> None:
         """From now on only adapters and interests that are new from here on are trained."""
         self._first_row = len(self._vocabulary)
+        self._optimiser.restart()
         adapt(self._network, rank, seed)
         self._optimiser = AdapterOptimiser(self._network, self._learning, self._first_row)
 
     def warm_up(self) -> None:
         """The rates rise from 0 again, and AdamW's moments start anew; the sums of the rows stay."""
-        fresh = Optimiser(self._network, self._learning)
-        fresh.load(self._optimiser.to_bytes())
-        fresh.restart()
-        self._optimiser = fresh
+        self._optimiser.restart()
 
     def seed(self, seed: int) -> None:
         """Replay and dropout of another seed than those of the training before."""
@@ -113,7 +112,7 @@ class Trainee(Learner):
         hashed = self._settings.hashed_rows
         state = {
             name: value[:hashed] if name in ("interest", "bias") else value
-            for name, value in self._network.state_dict().items()
+            for name, value in self._optimiser.average.state_dict().items()
         }
         network.load_state_dict(state)
         self._network = network.to(self._device)
@@ -131,7 +130,7 @@ class Trainee(Learner):
         return trained_share(self._network, len(self._vocabulary), self._first_row)
 
     def _parameters(self) -> Mapping[str, Tensor]:
-        return merged(self._network)
+        return merged(self._optimiser.average)
 
     def forecaster(self) -> Forecaster:
         if self._first_row is None:
@@ -214,7 +213,7 @@ class Trainee(Learner):
         arrays["purchases.weight"], arrays["purchases.pairs"] = self._purchases.weight_V, self._purchases.pairs_22
         arrays |= self._calibration.tensors()
         arrays["normaliser.sums"] = self._normaliser.sums_3M
-        network = {n: t.detach().cpu().contiguous() for n, t in self._network.state_dict().items()}
+        network = {n: t.detach().cpu().contiguous() for n, t in self._optimiser.average.state_dict().items()}
         facts = _Facts(
             version=self.version,
             random=msgspec.json.encode(self._random.bit_generator.state).decode(),
@@ -308,7 +307,15 @@ def to_files(learner: Learner) -> tuple[SavedFacts, dict[str, bytes]]:
 
 def _fresh_optimiser(weights: Weights) -> bytes:
     """Of a plain network that was trained by adapters: theirs fits nothing in it."""
-    return Optimiser(Network(weights.settings, len(weights.names)), LearningSettings()).to_bytes()
+    network = Network(weights.settings, len(weights.tensors["vocabulary.keys"]))
+    network.load_state_dict(
+        {
+            n.removeprefix("network."): torch.from_numpy(t.copy())
+            for n, t in weights.tensors.items()
+            if n[:8] == "network."
+        }
+    )
+    return Optimiser(network, LearningSettings()).to_bytes()
 
 
 def to_weights(facts: SavedFacts, files: Mapping[str, bytes]) -> Weights:

@@ -51,6 +51,22 @@ def test_copy_and_general_probabilities_sum_to_one() -> None:
     assert (copy_E + general_E).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
 
 
+def test_a_moment_sees_its_own_newest_candidates() -> None:
+    """The two newest in their order, nothing where there are fewer, and parts of a view keep what is theirs."""
+    net, known = network(30), knowledge(30)
+    after = walked(made([0, 0, 1, 0, 1], [3, 4, 31, 3, 31]), 2).after
+    _found, moments = known.moments(after, None)
+    numbers = moments.number_SF.shape[1]
+    newest_EKF = moments.newest().view(5, 2, numbers)
+    for e, here in enumerate(newest_EKF):
+        own = moments.number_SF[moments.owner_S == e]
+        assert torch.equal(here[0], own[0])
+        assert torch.equal(here[1], own[1] if len(own) > 1 else torch.zeros(numbers))
+    view = net.view(moments)
+    assert torch.equal(view.after(2).moment_EW, view.moment_EW[2:])
+    assert torch.equal(view.after(2).moments.newest(), newest_EKF.view(5, -1)[2:])
+
+
 def test_gradients_reach_every_parameter() -> None:
     """Nothing of the network is out of reach of the loss once it has left its start."""
     net, known = network(30), knowledge(30)

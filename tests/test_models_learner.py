@@ -231,6 +231,7 @@ def test_growth_keeps_rows_and_their_sums() -> None:
     optimiser.grow(11, np.random.default_rng(0))
     assert net.capacity == 64
     assert torch.equal(net.interest[:rows], weights)
+    assert optimiser.average.interest is net.interest
     assert torch.equal(optimiser._sums["interest"][:rows], sums)
     assert not optimiser._sums["interest"][rows:].any()
     assert torch.equal(optimiser._adam.state[optimiser._dense[0]]["exp_avg"], moments)
@@ -273,6 +274,28 @@ def test_a_decaying_sum_keeps_a_rate_alive() -> None:
         moved = (net.bias.detach() - before).abs().mean()
     plain = LearningSettings().embedding_rate / 300**0.5
     assert moved.item() > 3 * plain
+
+
+def test_forecasts_are_made_with_the_average_of_the_weights() -> None:
+    """They are the running mean of where the steps led, tables excepted, and both are there after a restart."""
+    net = Network(NETWORK, 4)
+    learning = LearningSettings(average_decay=0.5, warmup_steps=1, weight_decay=0.0)
+    optimiser = Optimiser(net, learning)
+    mean = net.copy_number.weight.detach().clone()
+    for step in range(20):
+        sum(p.square().sum() for p in net.parameters()).backward()  # type: ignore[union-attr]
+        assert optimiser.step(1.0)
+        optimiser.zero()
+        mean += (net.copy_number.weight.detach() - mean) * max(0.5, 9.0 / (step + 10))
+        assert torch.allclose(optimiser.average.copy_number.weight, mean, atol=1e-6)
+        assert torch.equal(optimiser.average.bias, net.bias)
+    assert not torch.allclose(net.copy_number.weight, mean, atol=1e-4)
+    other = Network(NETWORK, 4)
+    other.load_state_dict(optimiser.average.state_dict())
+    again = Optimiser(other, learning)
+    again.load(optimiser.to_bytes())
+    assert torch.equal(other.copy_number.weight, net.copy_number.weight)
+    assert torch.equal(again.average.copy_number.weight, optimiser.average.copy_number.weight)
 
 
 def test_carried_states_equal_those_of_the_worker() -> None:
