@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.features import I64
-from models.shift_calibration import Histories, Splices, session_starts
+from models.shift_calibration import F64, Histories, Splices, session_starts
 
 if TYPE_CHECKING:
     from models.shift import ShiftSettings
@@ -92,6 +92,13 @@ class Planted:
     after: list[frozenset[int]]
 
 
+def _cumulated(weights: F64) -> F64:
+    """Sums of shares, for drawing by them over and over: a uniform number falls between two of these."""
+    sums: F64 = weights.cumsum()
+    sums /= sums[-1]
+    return sums
+
+
 def planted(histories: Histories, seed: int, users: int = 240) -> Planted:
     """S3: users with a taste of their own that changes abruptly, gradually, or away and back."""
     rng = np.random.default_rng(seed)
@@ -99,6 +106,7 @@ def planted(histories: Histories, seed: int, users: int = 240) -> Planted:
     share = histories.share[place]
     popularity = share / share.sum()
     tastes = np.sqrt(popularity) / np.sqrt(popularity).sum()
+    everybodys = _cumulated(popularity)
     rows: list[I64] = []
     times: list[I64] = []
     at, before, after = [], [], []
@@ -106,6 +114,7 @@ def planted(histories: Histories, seed: int, users: int = 240) -> Planted:
         two = rng.choice(len(interest), min(12, len(interest)), replace=False, p=tastes)
         old, new = two[: len(two) // 2], two[len(two) // 2 :]
         weights = [rng.dirichlet(np.full(len(t), 0.8)) for t in (old, new)]
+        own = [_cumulated(w) for w in weights]
         shift = int(rng.integers(50, 120))
         kind = user % 3
         drawn: list[int] = []
@@ -126,9 +135,9 @@ def planted(histories: Histories, seed: int, users: int = 240) -> Planted:
             for _ in range(1 + rng.poisson(4)):
                 source = int(rng.random() < share_new)
                 if rng.random() < 0.15:
-                    drawn.append(int(rng.choice(len(interest), p=popularity)))
+                    drawn.append(int(everybodys.searchsorted(rng.random(), side="right")))
                 else:
-                    drawn.append(int(rng.choice((old, new)[source], p=weights[source])))
+                    drawn.append(int((old, new)[source][own[source].searchsorted(rng.random(), side="right")]))
                 now_ms += int(rng.exponential(60_000)) + 1_000
                 stamps.append(now_ms)
         rows.append(np.array(drawn))
