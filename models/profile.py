@@ -137,7 +137,7 @@ class Advanced:
         onset_events_B: the user's events since the estimated onset, this one included; 0 = no suspicion.
         emit_B: why a forecast is due, EMIT_* bits; 0 = none is.
         gap_s_B: seconds since the user's event before, 0 for a step back in time, NaN for the first.
-        aggregates_BA: see AGGREGATES; of the record before the event, NaN where unknown.
+        aggregates_BA: see AGGREGATES; of the record before the event, NaN where unknown; none in a replay.
         before: records BEFORE the events with score_B.
         after: records AFTER the events with emit_B.
         alarmed: records at the events with alert_B: the ring holds the event, the slow profile is the old one.
@@ -256,7 +256,7 @@ def _walk(
         onset_events=np.zeros(count, np.int64),
         emit=np.zeros(count, np.uint8),
         gap_s=np.full(count, np.nan, np.float32),
-        aggregates=np.empty((count, AGGREGATE_COUNT), np.float32),
+        aggregates=np.empty((count if parameters.policy != _NEVER else 0, AGGREGATE_COUNT), np.float32),
         features=np.empty((count if features else 0, FEATURE_COUNT), np.float32),
         age=np.zeros(count, np.int64),
         from_segment=np.zeros(count, np.float32),

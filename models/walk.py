@@ -839,7 +839,8 @@ def walk(
         kind = int(events.type[b]) & TYPE_MASK
         age = int(user.events)
         watch = int(user.watch)
-        _aggregate(user, out.aggregates[b])
+        if out.aggregates.shape[0] > 0:
+            _aggregate(user, out.aggregates[b])
         if events.score[b]:
             _keep(user, b, before, befores)
             befores += 1
