@@ -18,6 +18,7 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from models.features import I64
 from models.gru import Network
@@ -25,6 +26,7 @@ from models.settings import LearningSettings
 
 _TABLES = ("interest", "bias", "item")  # rows of the first two stand for interests
 _AVERAGE_START = 9.0  # step n moves the average by 9 / (n + 9) of the way at least
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SUM_START = 1e-5  # sum of squares that every row starts with: rows that see next to no gradient stay where they are
 
 
@@ -43,16 +45,14 @@ class Optimiser:
         tables: dict[int, Any] = {id(table): table for table in (getattr(network, name) for name in _TABLES)}
         self.average: Network = copy.deepcopy(network, tables)
         self._means = [p.data for n, p in self.average.named_parameters() if n not in _TABLES]
-        self._adam = torch.optim.AdamW(
-            self._dense, lr=learning.rate, betas=(0.9, 0.99), weight_decay=learning.weight_decay, fused=True
-        )
+        self._moments: dict[Tensor, dict[str, Tensor]] = {}  # AdamW's, of those that ever had a gradient
         self.steps = 0
 
     def restart(self) -> None:
         """Warm up again from the average, with AdamW's moments as at the start; the sums of the rows stay."""
         with torch.no_grad():
             torch._foreach_copy_([p.data for p in self._dense], self._means)
-        self._adam.state.clear()
+        self._moments.clear()
         self.steps = 0
 
     def zero(self) -> None:
@@ -74,15 +74,29 @@ class Optimiser:
         factor = boost * min(1.0, self.steps / max(1, self._learning.warmup_steps))
         if clip < 1.0:
             torch._foreach_mul_(gradients, clip)
-        for group in self._adam.param_groups:
-            group["lr"] = self._learning.rate * factor
-        self._adam.step()
         with torch.no_grad():
+            self._step_dense(gradients, self._learning.rate * factor)
             for name, gradient in tables.items():
                 self._step_rows(name, gradient, square_V[name], clip, factor)
             rate = max(1.0 - self._learning.average_decay, _AVERAGE_START / (self.steps + _AVERAGE_START))
             torch._foreach_lerp_(self._means, [p.data for p in self._dense], rate)
         return True
+
+    def _step_dense(self, gradients: list[Tensor], rate: float) -> None:
+        """AdamW, as one operation over all that have a gradient: torch.optim.AdamW takes twice as long around it."""
+        parameters: list[Tensor] = [p for p in self._dense if p.grad is not None]
+        for p in parameters:
+            if p not in self._moments:
+                self._moments[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        counts, means, squares = ([self._moments[p][name] for p in parameters] for name in _MOMENTS)
+        adamw(
+            parameters, gradients, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, lr=rate,
+            beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=self._learning.weight_decay,
+        )  # fmt: skip
 
     def _step_rows(self, name: str, gradient: Tensor, square_V: Tensor, clip: float, factor: float) -> None:
         """Row-wise Adagrad. The gradient is still to be scaled by `clip`; `square_V` are its rows' sums of squares."""
@@ -133,7 +147,7 @@ class Optimiser:
         tensors = {f"sums.{name}": sums.cpu().contiguous() for name, sums in self._sums.items()}
         for i, parameter in enumerate(self._dense):
             tensors[f"dense.{i}"] = parameter.detach().cpu().contiguous()
-            for name, value in self._adam.state.get(parameter, {}).items():
+            for name, value in self._moments.get(parameter, {}).items():
                 tensors[f"adam.{i}.{name}"] = value.detach().cpu().contiguous()
         tensors["steps"] = torch.tensor([self.steps])
         return safetensors.torch.save(tensors)
@@ -149,12 +163,12 @@ class Optimiser:
         for i, parameter in enumerate(self._dense):
             state: dict[str, Any] = {
                 name: tensors[key].to(device)  # the fused AdamW counts its steps on the device too
-                for name in ("step", "exp_avg", "exp_avg_sq")
+                for name in _MOMENTS
                 if (key := f"adam.{i}.{name}") in tensors
             }
             parameter.data.copy_(tensors[f"dense.{i}"])
             if state:
-                self._adam.state[parameter] = state
+                self._moments[parameter] = state
         self.steps = int(tensors["steps"][0])
 
 

@@ -226,7 +226,7 @@ def test_growth_keeps_rows_and_their_sums() -> None:
     assert optimiser.step(1.0)
     rows = NETWORK.hashed_rows + 10
     weights, sums = net.interest.detach().clone(), optimiser._sums["interest"].clone()
-    moments = optimiser._adam.state[optimiser._dense[0]]["exp_avg"].clone()
+    moments = optimiser._moments[optimiser._dense[0]]["exp_avg"].clone()
     assert (sums > 0).all()
     optimiser.grow(11, np.random.default_rng(0))
     assert net.capacity == 64
@@ -234,7 +234,7 @@ def test_growth_keeps_rows_and_their_sums() -> None:
     assert optimiser.average.interest is net.interest
     assert torch.equal(optimiser._sums["interest"][:rows], sums)
     assert not optimiser._sums["interest"][rows:].any()
-    assert torch.equal(optimiser._adam.state[optimiser._dense[0]]["exp_avg"], moments)
+    assert torch.equal(optimiser._moments[optimiser._dense[0]]["exp_avg"], moments)
     sum(p.square().sum() for p in net.parameters()).backward()  # type: ignore[union-attr]
     assert optimiser.step(1.0)
 
