@@ -123,6 +123,7 @@ class View:
     inner_SW: Tensor
     rank_S: Tensor
     moment_EW: Tensor
+    seen_WX: Tensor  # weights of all layers that look at the state and the moment: one product for all of them
 
     def after(self, count: int) -> View:
         """Of the moments behind the first ones."""
@@ -146,6 +147,7 @@ class View:
             inner_SW=self.inner_SW[slots],
             rank_S=self.rank_S[slots],
             moment_EW=self.moment_EW[whole],
+            seen_WX=self.seen_WX,
         )
 
 
@@ -259,6 +261,7 @@ class Network(nn.Module):
             inner_SW=self.copy_number(moments.number_SF),
             rank_S=self.copy_rank * moments.number_SF[:, 0],
             moment_EW=self.moment_number(moments.newest()),
+            seen_WX=torch.cat([layer.weight for layer in (self.copy_state, self.moment_state, self.gate, self.trust)]),
         )
 
     def at_moment(self, hidden_EH: Tensor, moments: Moments) -> Tensor:
@@ -272,18 +275,18 @@ class Network(nn.Module):
         moments = view.moments
         owner_S = moments.owner_S
         seen_EG = torch.cat([state_EH, moments.context_EG], dim=-1)
-        inner_SW = view.inner_SW + self.copy_state(seen_EG)[owner_S]
+        width = self.settings.copy_width
+        copy_EW, moment_EW, gate_E, trust_E = torch.split(f.linear(seen_EG, view.seen_WX), [width, width, 1, 1], dim=-1)
+        inner_SW = view.inner_SW + copy_EW.index_select(0, owner_S)
         score_S = self.copy_score(f.silu(inner_SW)).squeeze(-1) - view.rank_S
-        score_S = score_S + (view.embedding_SD * self.copy_match(state_EH)[owner_S]).sum(dim=-1)
-        last_E, opens_E, trusts_E = self.moment_score(f.silu(view.moment_EW + self.moment_state(seen_EG))).unbind(
-            dim=-1
-        )
-        score_S = score_S + last_E[owner_S] * moments.number_SF[:, _IS_LAST]
+        score_S = score_S + (view.embedding_SD * self.copy_match(state_EH).index_select(0, owner_S)).sum(dim=-1)
+        last_E, opens_E, trusts_E = self.moment_score(f.silu(view.moment_EW + moment_EW)).unbind(dim=-1)
+        score_S = score_S + last_E.index_select(0, owner_S) * moments.number_SF[:, _IS_LAST]
         score_EC = torch.full((len(state_EH) * moments.slots,), NEVER, dtype=score_S.dtype, device=score_S.device)
         score_EC = score_EC.index_copy(0, moments.place_S, score_S).view(-1, moments.slots)
-        gate_E = self.gate(seen_EG).squeeze(-1) + opens_E
+        gate_E = gate_E.squeeze(-1) + self.gate.bias + opens_E
         gate_E = torch.where(moments.copies_E, gate_E, torch.full_like(gate_E, NEVER))
-        trust_E = self.trust(seen_EG).squeeze(-1) + trusts_E
+        trust_E = trust_E.squeeze(-1) + self.trust.bias + trusts_E
         return Step(
             state_EH=state_EH,
             copy_EC=f.log_softmax(score_EC, dim=-1),
