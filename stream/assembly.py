@@ -38,6 +38,7 @@ WEIGHTS_CHECK_S = 0.5
 WEIGHTS_WAIT_S = 5.0  # the worker does not poll meanwhile: stay well below a lease; it tries again, bounded
 OUTPUTS = ("forecasts", "alerts", "verdicts", "warnings", "dead_letters", "metrics")
 HASH_KEY_BYTES_MAX = 64  # of the keyed hash, blake2b
+POSITIONS_KEPT_MS = 30 * 24 * 3_600_000  # of a rekey; later, those of its group will do
 MESSAGE_BYTES_MIN = 1_048_588  # Kafka's default; a block or a chunk of weights must fit
 
 
@@ -132,12 +133,17 @@ def _check_deletes(admin: Admin, reader: LogReader, place: TopicPartition) -> No
         ) from error
 
 
-def prepare_rekey(transport: Transport, config: Config, source: str, target: str) -> None:
+def prepare_rekey(transport: Transport, config: Config, source: str, target: str) -> str:
     """Check what `driftline rekey` writes to; on the embedded log missing topics are made.
 
+    Returns:
+        The topic that says how far the source was moved; it is made where it is missing.
+
     Raises:
-        ConfigError: the target is an input topic of the application and has another number of partitions.
+        ConfigError: the source is missing; the target is an input topic of the application and has another number of
+            partitions; no right to make a topic.
     """
+    positions = f"{target}-rekey-positions"
     admin = transport.admin()
     try:
         if config.transport == "embedded":
@@ -146,14 +152,21 @@ def prepare_rekey(transport: Transport, config: Config, source: str, target: str
                 TopicSpec(name=n, partitions=config.topics.partitions, settings=settings) for n in (source, target)
             ]
             admin.create([*topic_specs(config), *specs])
-        there = admin.describe([target])[target]
+        there = admin.describe([source, target, positions])
+        if (moved := there[source]) is None:
+            raise ConfigError(f"topic {source} is missing; is its name right?")
+        if there[positions] is None:
+            kept = {"cleanup.policy": "delete", "retention.ms": str(POSITIONS_KEPT_MS)}
+            admin.create([TopicSpec(name=positions, partitions=moved.partitions, settings=kept)])
     finally:
         admin.close()
-    if there is not None and target in config.topics.events and there.partitions != config.topics.partitions:
+    found = there[target]
+    if found is not None and target in config.topics.events and found.partitions != config.topics.partitions:
         raise ConfigError(
-            f"topic {target} has {there.partitions} partitions, topics.partitions is {config.topics.partitions}; all "
+            f"topic {target} has {found.partitions} partitions, topics.partitions is {config.topics.partitions}; all "
             "topics of an application need the same number"
         )
+    return positions
 
 
 def _internal_problems(wanted: TopicSpec, there: TopicSpec) -> list[str]:

@@ -388,12 +388,13 @@ def rekey(
     log_to(config.app, f"rekey.{slot}")
     worker = config.worker
     with _opened(config) as transport:
-        prepare_rekey(transport, config, source, target)
+        positions = prepare_rekey(transport, config, source, target)
         stop = stop_on_signals(worker.shutdown_s)
         settings = RekeySettings(
             source=source,
             target=target,
             dead_letters=topic_names(config)["dead_letters"],
+            positions=positions,
             user=user or config.events.fields.get("user", "user"),
             app=config.app.name,
             slot=slot,

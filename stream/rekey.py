@@ -4,6 +4,9 @@ Before the way of an event, a stage of its own. Each batch is one transaction: t
 letters for those without a user, and the consumed positions. There is no state, so a failure of any kind is met by new
 clients, which go on from what is committed. Values and timestamps stay as they are.
 
+The positions are committed twice: for the group, which fences, and as records of a topic of their own in the same
+transaction. A broker that was killed and came back may name positions of the group that are long past (progress.py).
+
 A user's events keep their order where they lay in one partition of the source; what came through several partitions is
 taken batch by batch in the order of the timestamps.
 """
@@ -26,12 +29,24 @@ from stream.errors import BadEvent, ConfigError, Corrupt, Rebalanced, Retryable
 from stream.events import USER_BYTES_MAX
 from stream.partition import partition_of
 from stream.start import EARLIEST, Start
-from stream.transport import GroupConsumer, Polled, Position, Producer, Record, TopicPartition, Transport
+from stream.transport import (
+    GroupConsumer,
+    LogReader,
+    Polled,
+    Position,
+    Producer,
+    Record,
+    TopicPartition,
+    Transport,
+)
 
 log = logging.getLogger(__name__)
 
 END_QUIET_S = 5.0  # without records for so long, the end is reached: a mark of a transaction may be the last
 PROGRESS_S = 10.0
+OURS = "rekey"  # the metadata of a position that we have committed; an operator's has none
+TAIL_RECORDS = 256  # of the topic of positions, looked at first for the newest one
+READ_S = 1.0
 _timestamp = attrgetter("timestamp")
 
 
@@ -40,6 +55,7 @@ class RekeySettings:
     """What to read, where to write, and the limits.
 
     Attributes:
+        positions: topic that says how far the source was moved.
         user: path of the user id in the values.
         until_end: end when everything that is there has been moved; else go on with what comes.
         bad_share_max, bad_window: stop when more than this share of so many records have no user.
@@ -48,6 +64,7 @@ class RekeySettings:
     source: str
     target: str
     dead_letters: str
+    positions: str
     user: str
     app: str
     slot: str
@@ -153,7 +170,7 @@ class Rekey:
     def _count_partitions(self) -> Mapping[str, int]:
         settings, admin = self._settings, self._transport.admin()
         try:
-            found = admin.describe([settings.source, settings.target, settings.dead_letters])
+            found = admin.describe([settings.source, settings.target, settings.dead_letters, settings.positions])
         finally:
             admin.close()
         counts = {}
@@ -166,16 +183,42 @@ class Rekey:
     def _place(self, tp: TopicPartition) -> None:
         """Read on from the committed position, or from where a new move begins."""
         position = self._consumer.committed([tp])[tp]
-        if position is None:
-            reader = self._transport.reader()
-            try:
+        offset = None if position is None else position.offset
+        reader = self._transport.reader()
+        try:
+            if position is None or position.metadata == OURS:
+                moved = self._moved_to(reader, tp)
+                if moved is not None and (offset is None or moved > offset):
+                    log.warning("event=position_behind partition=%s-%d group=%s moved=%d", *tp, offset, moved)
+                    offset = moved
+            if offset is None:
                 offset = self._settings.start.offset(reader, tp)
-            finally:
-                reader.close()
-        else:
-            offset = position.offset
+        finally:
+            reader.close()
         self._consumer.seek(tp, offset)
         self._consumer.resume([tp])
+
+    def _moved_to(self, reader: LogReader, tp: TopicPartition) -> int | None:
+        """How far our own topic says that a partition was moved: its newest record there, looked for from the end."""
+        place, key = self._place_of_position(tp)
+        head, end = reader.bounds(place)
+        count = TAIL_RECORDS
+        while True:
+            begin = at = max(head, end - count)
+            newest = None
+            while at < end and (records := reader.read(place, at, READ_S)):
+                at = records[-1].offset + 1
+                newest = next((r.value for r in reversed(records) if r.key == key), newest)
+            if newest is not None or begin == head:
+                return None if newest is None else int(newest)
+            count *= 4
+
+    def _place_of_position(self, tp: TopicPartition) -> tuple[TopicPartition, bytes]:
+        """Where the positions of a partition lie, and under which key."""
+        topic = self._settings.positions
+        return TopicPartition(
+            topic, tp.partition % self._partitions[topic]
+        ), f"{self._id}/{tp.topic}-{tp.partition}".encode()
 
     def _lag(self) -> int:
         try:
@@ -195,8 +238,12 @@ class Rekey:
         producer.begin()
         for topic, partition, key, value, timestamp_ms in placed:
             producer.send(topic, partition, key, value, timestamp_ms)
+        positions = {tp: Position(rs[-1].offset + 1, OURS) for tp, rs in polled.records.items()}
+        for tp, position in positions.items():
+            place, key = self._place_of_position(tp)
+            producer.send(*place, key, b"%d" % position.offset)
         producer.flush()
-        producer.send_offsets({tp: Position(rs[-1].offset + 1) for tp, rs in polled.records.items()}, polled.group)
+        producer.send_offsets(positions, polled.group)
         producer.commit()
         self.moved.records += moved
         self.moved.dead_letters += dead

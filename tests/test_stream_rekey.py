@@ -20,10 +20,10 @@ from stream.errors import ConfigError, Corrupt
 from stream.memory import Fault, ManualClock, MemoryLog
 from stream.partition import partition_of
 from stream.records import DeadLetter
-from stream.rekey import Moved, Rekey, RekeySettings
+from stream.rekey import OURS, Moved, Rekey, RekeySettings
 from stream.start import Start
 from stream.testing import read_all
-from stream.transport import TopicSpec, Transport
+from stream.transport import Position, TopicPartition, TopicSpec, Transport
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_PARTITIONS, TARGET_PARTITIONS = 3, 5
@@ -36,7 +36,8 @@ class Killed(BaseException):
 
 def settings(tag: str, **more: Any) -> RekeySettings:
     base: dict[str, Any] = {
-        "source": f"{tag}-clicks", "target": f"{tag}-events", "dead_letters": f"{tag}-dead", "user": "who.id",
+        "source": f"{tag}-clicks", "target": f"{tag}-events", "dead_letters": f"{tag}-dead",
+        "positions": f"{tag}-positions", "user": "who.id",
         "app": tag, "slot": "0", "until_end": True, "batch_records_max": 40, "poll_timeout_s": 0.05, "backoff_s": 0.01,
     }  # fmt: skip
     return RekeySettings(**base | more)
@@ -46,7 +47,7 @@ def prepare(log: Transport, tag: str, count: int, bad: float = 0.05) -> list[byt
     """Topics, and clicks keyed by session; the values that have a user."""
     rng, good = random.Random(3), []
     admin = log.admin()
-    counts = {"clicks": SOURCE_PARTITIONS, "events": TARGET_PARTITIONS, "dead": 2}
+    counts = {"clicks": SOURCE_PARTITIONS, "events": TARGET_PARTITIONS, "dead": 2, "positions": SOURCE_PARTITIONS}
     admin.create(
         [TopicSpec(name=f"{tag}-{n}", partitions=c, settings={"retention.ms": "-1"}) for n, c in counts.items()]
     )
@@ -117,7 +118,7 @@ def test_one_session_keeps_its_order(transport: Transport) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_under_kills_and_faults(seed: int) -> None:
-    """Killed at any call, calls lost or hidden: still each record once."""
+    """Killed at any call, calls lost or hidden, the group's positions long past: still each record once."""
     rng = random.Random(seed)
     log = MemoryLog(clock=ManualClock(), session_timeout_s=10, transaction_timeout_s=10)
     good = prepare(log, "t", 400)
@@ -128,11 +129,11 @@ def test_under_kills_and_faults(seed: int) -> None:
     def faults(point: str, who: str) -> Fault | None:
         if point in ("read", "poll") or rng.random() > (0.001 if point == "send" else 0.05):
             return None
-        kind = rng.choice(["kill", "lose", "hide"])
+        kind = rng.choice(["kill", "lose", "hide", "old"])
         bitten[kind] += 1
         if kind == "kill":
             raise Killed
-        return Fault.LOSE if kind == "lose" else Fault.HIDE
+        return Fault(kind)
 
     for _ in range(60):
         try:
@@ -148,6 +149,54 @@ def test_under_kills_and_faults(seed: int) -> None:
     log.faults = None
     assert sum(bitten.values()) > 0, "no fault bit"
     check(log, "t", good, 400)
+
+
+def test_positions_of_the_group_that_are_long_past(transport: Transport) -> None:
+    """The topic of positions knows better than such a group; a position that an operator has set is heeded."""
+    tag = uuid.uuid4().hex[:8]
+    good = prepare(transport, tag, 600)
+    move(transport, settings(tag))
+    _set_positions(transport, settings(tag), Position(0, OURS))
+    assert move(transport, settings(tag)) == Moved(), "a position of ours that is long past"
+    check(transport, tag, good, 600)
+    _set_positions(transport, settings(tag), Position(0))
+    again = move(transport, settings(tag))
+    assert (again.records, again.dead_letters) == (len(good), 600 - len(good)), "an operator sent it back"
+
+
+def _set_positions(log: Transport, how: RekeySettings, position: Position) -> None:
+    """Commit a position of every source partition for the group."""
+    group = f"{how.app}.rekey.{how.target}"
+    consumer = log.consumer(group=group, topics=[how.source], reset="none")
+    producer = log.producer(transactional_id="operator")
+    try:
+        owned: set[TopicPartition] = set()
+        until_s = time.monotonic() + 30
+        while len(owned) < SOURCE_PARTITIONS:
+            assert time.monotonic() < until_s, "the group did not settle"
+            polled = consumer.poll(0.2, 1)
+            owned.update(polled.assigned)
+        producer.begin()
+        producer.send_offsets(dict.fromkeys(owned, position), polled.group)
+        producer.commit()
+    finally:
+        producer.close()
+        consumer.close()
+
+
+def test_a_position_far_from_the_end_is_found() -> None:
+    """A partition that was quiet while others moved: its newest position lies far ahead of the end of the topic."""
+    log = MemoryLog()
+    how = settings("t")
+    prepare(log, "t", 0)
+    key = b"t.rekey.t-events/t-clicks-%d"
+    log.append("t-positions", 0, iter([(key % 0, b"7", NOW_MS)] + [(key % 3, b"9", NOW_MS)] * 5_000))
+    stage = Rekey(log, how, clock=time.monotonic, sleep=time.sleep)
+    reader = log.reader()
+    assert stage._moved_to(reader, TopicPartition("t-clicks", 0)) == 7
+    assert stage._moved_to(reader, TopicPartition("t-clicks", 3)) == 9
+    assert stage._moved_to(reader, TopicPartition("t-clicks", 1)) is None
+    stage.close()
 
 
 def test_what_cannot_work_is_said() -> None:

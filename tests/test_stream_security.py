@@ -49,6 +49,7 @@ PASSWORD = "correct-horse"
 STORE_PASSWORD = "only-for-this-test"
 PARTITIONS = 2
 SRC, DST = "c-source", "c-rekeyed"
+POSITIONS = f"{DST}-rekey-positions"
 SETS = [
     "app.name=c", "topics.prefix=c-", 'topics.events=["c-events"]', f"topics.partitions={PARTITIONS}",
     "topics.retention_h=-1",
@@ -146,17 +147,18 @@ def documented(role: str, names: TopicNames, app: str) -> list[Right]:
     """The rights of a role's table in docs/security.md, for these topics and this application."""
     text = (ROOT / "docs" / "security.md").read_text().partition(f"### {role}\n")[2].partition("\n###")[0]
     assert text, f"no table for {role}"
-    roles = dict(names.outputs, events=names.events[0], state=names.state, weights=names.weights, SRC=SRC, DST=DST)
+    roles = dict(names.outputs, events=names.events[0], state=names.state, weights=names.weights)
+    given = {"SRC": SRC, "DST": DST, "DST-rekey-positions": POSITIONS}
     if names.control:
         roles["control"] = names.control
-    every = [topic for word, topic in roles.items() if word not in ("SRC", "DST")]
+    every = list(roles.values())
     rights: list[Right] = []
     for row in text.strip().splitlines()[2:]:
         resource, name, operations, _ = (cell.strip() for cell in row.strip("|").split("|"))
         prefixed = "(prefixed)" in name
         name = name.replace("(prefixed)", "").strip().replace("APP", app)
         if resource == "topic":
-            found = [roles.get(n.strip().replace("-", "_"), "") for n in name.split(",")]
+            found = [given.get(n.strip()) or roles.get(n.strip().replace("-", "_")) for n in name.split(",")]
             places = every if name.startswith("every") else [n for n in found if n]
         else:
             places = [name.replace("DST", DST)]
@@ -262,7 +264,7 @@ def topics(secured: Secured) -> TopicNames:
     config = load(None, SETS).config
     log = KafkaLog({"bootstrap_servers": secured.open_at})
     admin = log.admin()
-    admin.create([*topic_specs(config), *(TopicSpec(name=n, partitions=PARTITIONS) for n in (SRC, DST))])
+    admin.create([*topic_specs(config), *(TopicSpec(name=n, partitions=PARTITIONS) for n in (SRC, DST, POSITIONS))])
     admin.close()
     log.append(SRC, 0, [(b"k", b'{"user": "u1", "interest": "a", "time": 1764037335000}', 1_764_037_335_000)])
     log.close()
@@ -344,6 +346,7 @@ COMMANDS = [
     ("replay and simulate", SIMULATE, ("c-events", "Write"), "AuthorizationFailed"),
     ("forget", ["forget", "u1"], ("c-control", "Write"), "no right to describe topic 'c-control'"),
     ("rekey", ["rekey", "SRC", "DST", "--until-end"], ("c.rekey.c-rekeyed", "Read"), "Group"),
+    ("rekey", ["rekey", "SRC", "DST", "--until-end"], (POSITIONS, "Read"), POSITIONS),
 ]  # fmt: skip
 
 
