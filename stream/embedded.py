@@ -21,7 +21,7 @@ from stream.embedded_producer import DELETE_RECORDS_MAX, EmbeddedProducer
 from stream.embedded_records import Partitions, delete_head
 from stream.errors import ConfigError
 from stream.logfile import LogFile
-from stream.transport import LogRecord, TopicPartition, TopicSpec
+from stream.transport import LogRecord, Scope, TopicPartition, TopicSpec
 
 _VACUUM_PAGES = 1_024
 
@@ -78,7 +78,7 @@ class EmbeddedLog:
     def consumer(self, *, group: str, topics: Sequence[str], reset: str = "earliest") -> EmbeddedConsumer:
         return EmbeddedConsumer(self._open(), self._lease_s, group, tuple(topics), reset)
 
-    def producer(self, *, transactional_id: str) -> EmbeddedProducer:
+    def producer(self, *, transactional_id: str, scope: Scope | None = None) -> EmbeddedProducer:
         return EmbeddedProducer(self._open(), self._lease_s, self._clock, transactional_id)
 
     def reader(self) -> EmbeddedReader:

@@ -14,15 +14,16 @@ from kafka import KafkaProducer as ProducerClient
 from kafka.admin import ACLOperation, ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition as ClientPartition
 
-from stream.errors import ConfigError
+from stream.errors import ConfigError, Retryable
 from stream.kafka_client import ConnectionSettings, Topics, check_codec, hushed, translated, translating
 from stream.kafka_consumer import KafkaConsumer
 from stream.kafka_producer import BATCH_BYTES, LINGER_MS, KafkaProducer, shut
-from stream.transport import Record, TopicPartition, TopicSpec
+from stream.transport import Record, Scope, TopicPartition, TopicSpec
 
 _APPEND_RECORDS = 20_000
 _APPEND_TIMEOUT_S = 60.0
 _ADMIN_TIMEOUT_MS = 20_000
+_ASK_AGAIN_S = 0.1
 _NO_RIGHT = errors.TopicAuthorizationFailedError.errno
 _READ_FETCH = {
     "fetch_max_wait_ms": 100,
@@ -53,6 +54,9 @@ class KafkaLog:
         self._admin: KafkaAdminClient | None = self._settings.connect(KafkaAdminClient)
         self._topics = Topics(self._partition_count)
         self._writer: ProducerClient | None = None
+        self._committed: dict[
+            str, bool
+        ] = {}  # how the last transaction of an id ended, until its remains are ended too
 
     def __repr__(self) -> str:
         return f"KafkaLog({self._settings!r})"
@@ -66,8 +70,44 @@ class KafkaLog:
                 check_codec(settings.settings.get("compression.type", ""), f"compression.type of topic {topic!r}")
         return KafkaConsumer(self._settings, self._topics, group, tuple(topics), reset)
 
-    def producer(self, *, transactional_id: str) -> KafkaProducer:
-        return KafkaProducer(self._settings, self._topics, transactional_id, self._transaction_timeout_s)
+    def producer(self, *, transactional_id: str, scope: Scope | None = None) -> KafkaProducer:
+        if scope is not None and transactional_id not in self._committed:  # else an earlier try has forgotten it below
+            committed = self._was_committed(transactional_id)
+            if committed is not None:
+                self._committed[transactional_id] = committed
+        producer = KafkaProducer(self._settings, self._topics, transactional_id, self._transaction_timeout_s)
+        if scope is not None and transactional_id in self._committed:
+            try:
+                producer.end_remains(scope, committed=self._committed[transactional_id])
+            except BaseException:
+                producer.close()
+                raise
+            del self._committed[transactional_id]
+        return producer
+
+    def _was_committed(self, transactional_id: str) -> bool | None:
+        """Whether the last transaction of an id is committed, or will be whatever happens; None: there was none.
+
+        The admin client asks once; a coordinator that is still coming up is waited for here.
+        """
+        until_s = time.monotonic() + self._transaction_timeout_s
+        while True:
+            try:
+                return self._ask_how_it_ended(transactional_id)
+            except Retryable:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(_ASK_AGAIN_S)
+
+    def _ask_how_it_ended(self, transactional_id: str) -> bool | None:
+        if self._admin is None:
+            raise ValueError("the log is closed")
+        with self._lock, translating(f"cannot ask how transactions of {transactional_id!r} ended"):
+            try:
+                found = self._admin.describe_transactions([transactional_id])[transactional_id]
+            except (errors.TransactionalIdNotFoundError, errors.UnsupportedVersionError):  # brokers before 3.0
+                return None
+        return str(found.state.value) in ("PrepareCommit", "CompleteCommit")
 
     def reader(self) -> KafkaReader:
         return KafkaReader(self._settings, self._topics)

@@ -5,6 +5,12 @@ after an epoch bump. So nothing is in flight when a commit begins: `flush` waits
 result, then come the offsets, then the commit. Its epoch bump is switched off: after a fence it would quietly take the
 id back from the newer producer. And it waits without a limit, so the waits here have one.
 
+A broker that is killed and comes back loses sight of transactions: Kafka 4.3.1 has been seen to write, as it started,
+that one was committed, without the marks in its partitions. Such a part stays open there: no committed reader comes
+past it, and the next transaction of the id there ends it the way that it ends itself. So a producer first ends the
+remains of its last transaction as that one ended (`end_remains`); and it begins no transaction over another connection
+than its first: behind that may be such a broker, and to abort the new transaction would undo the old one.
+
     idle ── begin ──> open ── flush, send_offsets, commit | abort ──> idle
                         └──── any failure but Rebalanced ──> broken: only `close` is left
 """
@@ -18,12 +24,13 @@ from typing import Any
 
 from kafka import KafkaProducer as Client
 from kafka import errors as kafka_errors
+from kafka.producer.transaction_manager import AddOffsetsToTxnHandler
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 from kafka.structs import TopicPartition as ClientPartition
 
 from stream.errors import ConfigError, DriftlineError, Fenced, Rebalanced, Retryable
 from stream.kafka_client import REQUEST_TIMEOUT_MS, ConnectionSettings, Topics, translated, translating
-from stream.transport import Position, TopicPartition
+from stream.transport import Position, Scope, TopicPartition
 
 BATCH_BYTES = 256 << 10
 LINGER_MS = 20  # records gather while the worker computes; `flush` does not wait for it
@@ -79,6 +86,9 @@ class KafkaProducer:
             self._transactions._supports_epoch_bump = lambda: False
             with translating(f"cannot begin transactions as {transactional_id!r}"):
                 self._client.init_transactions()
+            self._connection = self._connection_now()
+            self._next_request = self._transactions.next_request_handler
+            self._transactions.next_request_handler = self._on_the_same_connection
         except BaseException:
             shut(self._client)
             raise
@@ -149,6 +159,29 @@ class KafkaProducer:
         self._futures.clear()
         self._open = False
 
+    def end_remains(self, scope: Scope, *, committed: bool) -> None:
+        """End what is open in these places and is not known to the log any more, by a transaction without records.
+
+        A crash between its two requests, some milliseconds, would abort it, and with it what was to be committed.
+        """
+        self.begin()
+        with self._breaking("end_remains"):
+            for place in scope.partitions:
+                self._topics.check(*place)
+                self._transactions.maybe_add_partition_to_transaction(ClientPartition(*place))
+            with self._transactions._lock:
+                requests = [self._transactions._add_partitions_to_transaction_handler()]
+                if scope.group:
+                    requests.append(_AddGroup(self._transactions, ConsumerGroupMetadata(group_id=scope.group), {}))
+                for request in requests:
+                    self._transactions._enqueue_request(request)
+            for request in requests:
+                self._wait(request.result, "end_remains")
+        if committed:
+            self.commit()
+        else:
+            self.abort()
+
     def close(self) -> None:
         """Abort what is open, as far as that goes quickly. Idempotent."""
         if self._open and self._broken is None:
@@ -157,6 +190,20 @@ class KafkaProducer:
         self._broken = self._broken or Retryable(f"the producer {self._id!r} is closed")
         self._open = False
         shut(self._client)
+
+    def _connection_now(self) -> object:
+        """The client's connection to the transaction coordinator; None while there is none. Of the sender's thread."""
+        return self._client._sender._client._manager._conns.get(self._transactions._transaction_coordinator)
+
+    def _on_the_same_connection(self, has_incomplete_batches: bool) -> Any:
+        """The library's next request; none that begins a transaction over another connection."""
+        transactions = self._transactions
+        begins = transactions._new_partitions_in_transaction or transactions._pending_requests
+        begins = begins and not transactions._transaction_started and not transactions.has_error()
+        if begins and self._connection_now() is not self._connection:
+            error = kafka_errors.KafkaConnectionError("the connection to the transaction coordinator was lost")
+            transactions.transition_to_fatal_error(error)
+        return self._next_request(has_incomplete_batches)
 
     def _wait(self, result: Any, doing: str) -> None:
         """The library waits without a limit; we do not."""
@@ -196,6 +243,17 @@ class KafkaProducer:
         if self._open and time.monotonic() - self._began_s >= self._timeout_s:
             return Retryable(f"{message}: the transaction was open for too long, the broker has aborted it")
         return Fenced(f"{message}: a newer producer has the id {self._id!r}; this process must stop")
+
+
+class _AddGroup(AddOffsetsToTxnHandler):  # type: ignore[misc]
+    """Makes the positions of a group a part of the transaction, without new ones."""
+
+    def handle_response(self, response: Any) -> None:
+        if kafka_errors.for_code(response.error_code) is kafka_errors.NoError:
+            self.transaction_manager._transaction_started = True
+            self._result.done()
+        else:
+            super().handle_response(response)
 
 
 class _Breaking:

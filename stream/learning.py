@@ -33,6 +33,7 @@ from stream.transport import (
     Position,
     Producer,
     Record,
+    Scope,
     TopicPartition,
     Transport,
     close_all,
@@ -141,7 +142,7 @@ class LearnerLoop:
         with ExitStack() as opened:  # a later one may be refused: then those before it are closed
             if erasures is not None:
                 opened.callback(close_all, erasures)
-            self._producer: Producer = transport.producer(transactional_id=self._id)
+            self._producer: Producer = self._new_producer()
             opened.callback(close_all, self._producer)
             self._consumer: GroupConsumer = transport.consumer(group=self._id, topics=topics.events, reset="none")
             opened.callback(close_all, self._consumer)
@@ -212,7 +213,7 @@ class LearnerLoop:
                 self._producer.abort()
             except Retryable:  # its outcome does not matter: a new producer of the id aborts what is open
                 self._producer.close()
-                self._producer = self._transport.producer(transactional_id=self._id)
+                self._producer = self._new_producer()
 
     def _steps_due(self, now_s: float) -> int:
         """Gradient steps of this turn. Far behind, reading comes first; the model sheds what it cannot learn."""
@@ -428,6 +429,10 @@ class LearnerLoop:
             except Retryable as again:
                 error = again
 
+    def _new_producer(self) -> Producer:
+        place = TopicPartition(self._topics.weights, weights.PARTITION)
+        return self._transport.producer(transactional_id=self._id, scope=Scope(partitions=[place], group=self._id))
+
     def _connect(self, *, keep_producer: bool) -> None:
         close_all(self._consumer, self._feed)
         self._positions.clear()
@@ -438,7 +443,7 @@ class LearnerLoop:
             # the old one is told by its next call if it was fenced.
             self._producer.close()
             self._publishing = False
-            self._producer = self._transport.producer(transactional_id=self._id)
+            self._producer = self._new_producer()
         self._consumer = self._transport.consumer(group=self._id, topics=self._topics.events, reset="none")
         self._feed = weights.WeightsFeed(self._transport.reader(), self._topics.weights, kinds=weights.KINDS)
         self.model = self._load()

@@ -20,7 +20,7 @@ from stream.assignment import assign
 from stream.errors import ConfigError
 from stream.memory_clients import MemoryAdmin, MemoryConsumer, MemoryProducer, MemoryReader
 from stream.memory_state import Fault, FaultHook, Group, ManualClock, PartitionLog, Transaction
-from stream.transport import LogRecord, TopicPartition, TopicSpec
+from stream.transport import LogRecord, Scope, TopicPartition, TopicSpec
 
 __all__ = ["Fault", "FaultHook", "ManualClock", "MemoryLog"]
 
@@ -67,7 +67,7 @@ class MemoryLog:
     def consumer(self, *, group: str, topics: Sequence[str], reset: str = "earliest") -> MemoryConsumer:
         return MemoryConsumer(self, group, tuple(topics), reset)
 
-    def producer(self, *, transactional_id: str) -> MemoryProducer:
+    def producer(self, *, transactional_id: str, scope: Scope | None = None) -> MemoryProducer:
         return MemoryProducer(self, transactional_id)
 
     def reader(self) -> MemoryReader:

@@ -22,7 +22,7 @@ from stream.engine import Engine, PartitionState
 from stream.errors import Corrupt, Retryable
 from stream.progress import Committed
 from stream.state import Arena
-from stream.transport import TopicPartition, Transport
+from stream.transport import Scope, TopicPartition, Transport
 
 OnProgress = Callable[["RestoreProgress"], None]
 PROGRESS_INTERVAL_S = 1.0
@@ -41,11 +41,18 @@ class RestoreProgress:
 
 
 def write_barrier(
-    transport: Transport, *, transactional_id: str, topic: str, partition: int, nonce: bytes, attempts: int = 5
+    transport: Transport,
+    *,
+    transactional_id: str,
+    topic: str,
+    partition: int,
+    nonce: bytes,
+    scope: Scope | None = None,
+    attempts: int = 5,
 ) -> None:
     """Commit the nonce to the partition's state log. Raises Retryable after bounded attempts."""
     for attempt in range(attempts):
-        producer = transport.producer(transactional_id=transactional_id)
+        producer = transport.producer(transactional_id=transactional_id, scope=scope)
         try:
             producer.begin()
             producer.send(topic, partition, None, changelog.encode(Kind.BARRIER, partition, 0, nonce))
@@ -70,12 +77,14 @@ def restore(
     nonce: bytes,
     timeout_s: float,
     clock: Callable[[], float],
+    scope: Scope | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     on_progress: OnProgress | None = None,
 ) -> PartitionState | None:
     """The partition's state as of the barrier; None when cancelled.
 
     Args:
+        scope: where barriers of this id are written.
         timeout_s: limit for the time without any progress, not for the whole restore.
         clock: monotonic seconds.
 
@@ -83,7 +92,9 @@ def restore(
         Retryable: the barrier did not become visible in time.
         Corrupt: a block cannot be trusted.
     """
-    write_barrier(transport, transactional_id=transactional_id, topic=topic, partition=partition, nonce=nonce)
+    write_barrier(
+        transport, transactional_id=transactional_id, topic=topic, partition=partition, nonce=nonce, scope=scope
+    )
     state = PartitionState(arena=Arena(engine.dtype), groups=engine.new_groups())
     tp = TopicPartition(topic, partition)
     gaps = blocks = 0

@@ -87,6 +87,14 @@ class Polled:
     revoked: tuple[TopicPartition, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scope:
+    """Where the transactions of an id write: partitions, and the positions of a group where there is one."""
+
+    partitions: Sequence[TopicPartition]
+    group: str = ""
+
+
 class GroupConsumer(Protocol):
     """A member of a consumer group. Reads committed records only, never commits by itself.
 
@@ -119,7 +127,7 @@ class GroupConsumer(Protocol):
 
 
 class Producer(Protocol):
-    """Transactions under one id. Creating one fences every older producer of the id and aborts what that left open.
+    """Transactions under one id. Creating one fences every older producer of the id and ends what that left open.
 
     begin -> send* -> flush -> send_offsets -> commit, or abort at any point after begin. After any exception between
     begin and commit the outcome may be unknown: throw the producer away, create a new one, look at `committed`.
@@ -205,7 +213,14 @@ class Transport(Protocol):
     def consumer(self, *, group: str, topics: Sequence[str], reset: str = "earliest") -> GroupConsumer:
         """Join `group`. `reset` (earliest | latest | none) applies where no position is committed or it was deleted."""
 
-    def producer(self, *, transactional_id: str) -> Producer: ...
+    def producer(self, *, transactional_id: str, scope: Scope | None = None) -> Producer:
+        """A producer of the id.
+
+        Args:
+            scope: where transactions of the id write. A broker that comes back may have lost sight of a part of one
+                that is over: it stays open there. In these places it is ended, as the transaction as a whole was.
+        """
+
     def reader(self) -> LogReader: ...
     def append(self, topic: str, partition: int, records: Iterable[tuple[bytes | None, bytes | None, int]]) -> int:
         """Append (key, value, timestamp_ms) in bulk outside any transaction, acknowledged on return; the count."""

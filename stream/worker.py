@@ -28,7 +28,7 @@ import logging
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -37,9 +37,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stream import changelog
 from stream import records as out
-from stream.changelog import Kind
 from stream.checkpoint import Checkpoint, OnStep, TopicNames
 from stream.cleaning import LOG_BYTES_MIN, Cleaner
 from stream.config import WorkerSettings
@@ -50,11 +48,21 @@ from stream.progress import Progress
 from stream.restore import restore
 from stream.start import EARLIEST, Start
 from stream.state import Records
-from stream.transport import GroupConsumer, Polled, Position, Producer, Record, TopicPartition, Transport, close_all
+from stream.transport import (
+    GroupConsumer,
+    Polled,
+    Position,
+    Producer,
+    Record,
+    Scope,
+    TopicPartition,
+    Transport,
+    close_all,
+)
 
 log = logging.getLogger(__name__)
 
-SWEEP_AFTER = 3  # looks at positions that an open transaction holds
+RENEW_AFTER = 3  # looks at positions that an open transaction holds, which may be ours
 LOOKS_MAX = 6  # then the state log's own word will do, where it has one
 LOOK_INTERVAL_S = 1.0  # how often lag and users are reported
 
@@ -137,6 +145,12 @@ class Worker:
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
         self._id = f"{parts.app}.{parts.settings.slot}"
+        topics = (parts.topics.state, *parts.topics.outputs.values())
+        self._scope = Scope(
+            partitions=[TopicPartition(topic, p) for topic in topics for p in range(parts.partitions)], group=parts.app
+        )
+        self._barrier_id = f"{self._id}.barrier"
+        self._barrier_scope = Scope(partitions=[TopicPartition(parts.topics.state, p) for p in range(parts.partitions)])
         self._checkpoint = Checkpoint(
             engine=parts.engine,
             topics=parts.topics,
@@ -164,7 +178,7 @@ class Worker:
                 log_bytes_min=parts.log_bytes_min,
             )
             opened.callback(close_all, self._cleaner)
-            self._producer: Producer = parts.transport.producer(transactional_id=self._id)
+            self._producer: Producer = self._new_producer()
             opened.callback(close_all, self._producer)
             self._consumer: GroupConsumer = parts.transport.consumer(
                 group=parts.app, topics=parts.topics.inputs, reset="none"
@@ -233,6 +247,15 @@ class Worker:
                 self._pending[tp] = self._pending[tp][len(records) :]
         return busy
 
+    def _new_producer(self) -> Producer:
+        """Fences an older one of this slot and ends what it left open, lost parts of finished transactions included."""
+        return self._parts.transport.producer(transactional_id=self._id, scope=self._scope)
+
+    def _end_barriers(self) -> None:
+        """The same for the id that writes our barriers, in the helper thread; if it fails, the next restore does it."""
+        with suppress(Retryable):
+            self._parts.transport.producer(transactional_id=self._barrier_id, scope=self._barrier_scope).close()
+
     def close(self) -> None:
         """Leave the group and end the helper thread. Idempotent."""
         for restoring in self._restoring.values():
@@ -278,8 +301,6 @@ class Worker:
         self._group = polled.group
         for tp in polled.revoked:
             self._drop(tp.partition)
-        if polled.assigned:
-            self._sweep_or_renew(polled.assigned)
         for partition in sorted({tp.partition for tp in polled.assigned}):
             self._start_restore(partition)
         for tp, batch in polled.records.items():
@@ -416,9 +437,9 @@ class Worker:
             try:
                 self._producer.close()
                 # A new one of the same id aborts, or waits for, what the old one left open: then positions are final.
-                self._producer = self._parts.transport.producer(transactional_id=self._id)
+                self._producer = self._new_producer()
                 if not isinstance(error, Rebalanced):
-                    self._sweep(attempted)
+                    self._pool.submit(self._end_barriers)
                 found = self._consumer.committed(list(attempted)) if sealing else {}
                 break
             except Retryable as again:
@@ -460,41 +481,15 @@ class Worker:
             except Retryable as error:
                 looks += 1
                 self._back_off("positions_unstable", error, "look")
-                if self._failures["look"] >= SWEEP_AFTER:
-                    self._sweep_or_renew(tps)
+                if self._failures["look"] >= RENEW_AFTER:
+                    self._producer.close()
+                    with suppress(Retryable):  # else the next commit notices, and settles
+                        self._producer = self._new_producer()
             else:
                 self._unanswered = False
                 return committed
         self._unanswered = True
         return {}
-
-    def _sweep_or_renew(self, tps: Sequence[TopicPartition]) -> None:
-        """Sweep where nothing is at stake: a failure costs the producer, and what it leaves open ends with it."""
-        for _ in range(2):
-            with suppress(Retryable):  # should the second try fail as well, the next commit notices and settles
-                self._sweep(tps)
-                return
-            self._producer.close()
-            with suppress(Retryable):
-                self._producer = self._parts.transport.producer(transactional_id=self._id)
-
-    def _sweep(self, tps: Iterable[TopicPartition]) -> None:
-        """An aborted transaction over partitions: ends what a broker has left open there without knowing it.
-
-        Seen on Kafka 4.3.1, killed inside of a commit and started again: a transaction of ours was over for its
-        coordinator, but its positions and records stayed open in their partitions for ever, and no committed reader
-        came past them. It cannot have been committed, or all of it would have been acknowledged before; the end of
-        another transaction of the same id there ends it.
-        """
-        topics = (self._parts.topics.state, *self._parts.topics.outputs.values())
-        self._producer.begin()
-        for partition in sorted({tp.partition for tp in tps}):
-            for topic in topics:
-                self._producer.send(topic, partition, None, changelog.encode(Kind.BARRIER, partition, 0, b""))
-        with suppress(Rebalanced):  # the log has heard which partitions are meant: that is enough
-            self._producer.send_offsets({tp: Position(self._at.get(tp, 0)) for tp in tps}, self._group)
-        self._producer.abort()
-        self._parts.observer.event("swept")
 
     def _seek_back(self) -> None:
         """Every partition that we run goes back to its committed position."""
@@ -550,9 +545,12 @@ class Worker:
     def _shorten(self, group: object) -> None:
         """A log that is too long when we take it over is cleaned before any input: that may be what we die of."""
         for partition in sorted(self._overlong & self.states.keys()):
+            before = self.states[partition].log_bytes
             if not self._commit([self._idle_step(partition)], group, 0.0):
                 return
-            if not self._cleaner.is_too_long(self.states[partition]):
+            state = self.states[partition]
+            # A very short log may be as short as the marks of the cleaning allow: then that would go on for ever.
+            if not self._cleaner.is_too_long(state) or state.log_bytes >= before:
                 self._overlong.discard(partition)
 
     def _rewrite_when_idle(self, group: object) -> None:
@@ -610,7 +608,8 @@ class Worker:
             engine=parts.engine,
             topic=parts.topics.state,
             partition=partition,
-            transactional_id=f"{self._id}.barrier",
+            transactional_id=self._barrier_id,
+            scope=self._barrier_scope,
             nonce=parts.nonce(),
             timeout_s=parts.settings.restore_timeout_s,
             clock=parts.clock,
