@@ -284,7 +284,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def test_weights_reach_a_worker_and_the_next_learner(log: MemoryLog, device: str) -> None:
     """What a learner publishes is taken by a pipeline on the CPU; a learner after it goes on from there."""
-    config = settings(*SMALL, f"learner.device={device}", "topics.partitions=1")
+    by_hand = "learner.publish_interval_s=3600"  # however slow the machine is
+    config = settings(*SMALL, f"learner.device={device}", "topics.partitions=1", by_hand)
     create(log, config)
     work = workload(2_000, users=50, interests=40)
     producer = log.producer(transactional_id="test.events")
