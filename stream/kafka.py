@@ -54,9 +54,8 @@ class KafkaLog:
         self._admin: KafkaAdminClient | None = self._settings.connect(KafkaAdminClient)
         self._topics = Topics(self._partition_count)
         self._writer: ProducerClient | None = None
-        self._committed: dict[
-            str, bool
-        ] = {}  # how the last transaction of an id ended, until its remains are ended too
+        # How the last transaction of an id ended, from when we ask until its remains are ended as well.
+        self._committed: dict[str, bool] = {}
 
     def __repr__(self) -> str:
         return f"KafkaLog({self._settings!r})"

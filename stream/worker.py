@@ -165,7 +165,6 @@ class Worker:
         self._pending: Inputs = {}  # gathered, not committed yet
         self._failures: Counter[str] = Counter()  # in a row, by kind: of looks at the log, of commits
         self._stop: threading.Event | None = None
-        self._group: object = None  # proof of the last poll
         self._next_look_s = 0.0
         with ExitStack() as opened:  # a later one may be refused: then those before it are closed
             opened.callback(close_all, parts.weights)
@@ -298,7 +297,6 @@ class Worker:
             self._pending = {}
             self._seek_back()  # stops us, or goes on, as worker.lost_positions says
             return Polled()
-        self._group = polled.group
         for tp in polled.revoked:
             self._drop(tp.partition)
         for partition in sorted({tp.partition for tp in polled.assigned}):
