@@ -42,7 +42,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def run_until_weights(folder: Path, *options: str) -> str:
-    """`driftline run` until its worker has weights of the learner; SIGTERM ends it with exit code 0. What it logged."""
+    """`driftline run` until its worker has weights of the learner and forecasts are there; SIGTERM ends it with exit
+    code 0. What it logged."""
     process = subprocess.Popen(
         [sys.executable, "-m", "stream.cli", "run", *options, "--set", "app.log_file=run.log", "--set",
          "learner.publish_interval_s=0.5"],
@@ -52,6 +53,8 @@ def run_until_weights(folder: Path, *options: str) -> str:
     try:
         journal = folder / "run.log"
         wait_for(lambda: journal.exists() and "event=weights_swapped version=1" in journal.read_text())
+        tail = ("tail", "forecasts", "--from", "start", "--no-follow", "--json")
+        wait_for(lambda: bool(driftline(folder, *tail).stdout))  # the learner may be sooner than the first batch
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0
     finally:
