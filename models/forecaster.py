@@ -81,10 +81,7 @@ class Forecaster:
         """A version as it came from the learner."""
         tensors = weights.tensors
         keys_V = tensors["vocabulary.keys"]
-        network = Network(weights.settings, len(keys_V))
-        state = {n.removeprefix("network."): torch.from_numpy(t) for n, t in tensors.items() if n[:8] == "network."}
-        network.load_state_dict(state, assign=True)
-        network.eval()
+        network = Network.of(weights, copied=False).eval()
         knowledge = Knowledge.of(
             weights.settings,
             RowIndex(keys_V).find,

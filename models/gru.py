@@ -36,6 +36,7 @@ from models.features import TYPE_COUNT
 from models.inputs import NUMBER_COUNT
 from models.profile import HIDDEN
 from models.settings import NetworkSettings
+from models.snapshot import Weights
 from models.successors import SOURCES
 
 TYPE_WIDTH = 8
@@ -228,6 +229,15 @@ class Network(nn.Module):
         return len(self.bias) - self.settings.hashed_rows
 
     # ------------------------------------------------------------------ events -> states
+
+    @staticmethod
+    def of(weights: Weights, *, copied: bool) -> Network:
+        """The network of these weights; where it is not copied it lives in their memory, and must not be trained."""
+        network = Network(weights.settings, len(weights.tensors["vocabulary.keys"]))
+        found = {n.removeprefix("network."): t for n, t in weights.tensors.items() if n.startswith("network.")}
+        state = {n: torch.from_numpy(t.copy() if copied else t) for n, t in found.items()}
+        network.load_state_dict(state, assign=not copied)
+        return network
 
     def inputs(self, embedding_B: Tensor, item_B: Tensor, type_B: Tensor, number_BN: Tensor) -> Tensor:
         """What the GRU reads of each event; `number_BN` ends with the content vector, where there is one."""

@@ -168,11 +168,7 @@ class Learner:
         self._settings, self._learning = weights.settings, learning
         self.version = weights.version
         tensors = weights.tensors
-        self._network = Network(weights.settings, len(tensors["vocabulary.keys"]))
-        self._network.load_state_dict(
-            {n.removeprefix("network."): torch.from_numpy(t.copy()) for n, t in tensors.items() if n[:8] == "network."}
-        )
-        self._network.to(self._device)
+        self._network = Network.of(weights, copied=True).to(self._device)
         self._copy: Network | None = None  # on the CPU, as of the last step, where the network is elsewhere
         self._optimiser = Optimiser(self._network, learning)
         self._vocabulary = Vocabulary(learning)

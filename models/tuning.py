@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from models.adapters import AdapterOptimiser, adapt, merged, trained_share
@@ -307,15 +306,7 @@ def to_files(learner: Learner) -> tuple[SavedFacts, dict[str, bytes]]:
 
 def _fresh_optimiser(weights: Weights) -> bytes:
     """Of a plain network that was trained by adapters: theirs fits nothing in it."""
-    network = Network(weights.settings, len(weights.tensors["vocabulary.keys"]))
-    network.load_state_dict(
-        {
-            n.removeprefix("network."): torch.from_numpy(t.copy())
-            for n, t in weights.tensors.items()
-            if n[:8] == "network."
-        }
-    )
-    return Optimiser(network, LearningSettings()).to_bytes()
+    return Optimiser(Network.of(weights, copied=True), LearningSettings()).to_bytes()
 
 
 def to_weights(facts: SavedFacts, files: Mapping[str, bytes]) -> Weights:

@@ -140,8 +140,8 @@ def prepare_rekey(transport: Transport, config: Config, source: str, target: str
         The topic that says how far the source was moved; it is made where it is missing.
 
     Raises:
-        ConfigError: the source is missing; the target is an input topic of the application and has another number of
-            partitions; no right to make a topic.
+        ConfigError: the target is an input topic of the application and has another number of partitions; no right to
+            make a topic.
     """
     positions = f"{target}-rekey-positions"
     admin = transport.admin()
@@ -153,9 +153,7 @@ def prepare_rekey(transport: Transport, config: Config, source: str, target: str
             ]
             admin.create([*topic_specs(config), *specs])
         there = admin.describe([source, target, positions])
-        if (moved := there[source]) is None:
-            raise ConfigError(f"topic {source} is missing; is its name right?")
-        if there[positions] is None:
+        if (moved := there[source]) is not None and there[positions] is None:  # Rekey says which topics are missing
             kept = {"cleanup.policy": "delete", "retention.ms": str(POSITIONS_KEPT_MS)}
             admin.create([TopicSpec(name=positions, partitions=moved.partitions, settings=kept)])
     finally:

@@ -198,8 +198,8 @@ class KafkaProducer:
     def _on_the_same_connection(self, has_incomplete_batches: bool) -> Any:
         """The library's next request; none that begins a transaction over another connection."""
         transactions = self._transactions
-        begins = transactions._new_partitions_in_transaction or transactions._pending_requests
-        begins = begins and not transactions._transaction_started and not transactions.has_error()
+        asks = transactions._new_partitions_in_transaction or transactions._pending_requests
+        begins = asks and not transactions._transaction_started and not transactions.has_error()
         if begins and self._connection_now() is not self._connection:
             error = kafka_errors.KafkaConnectionError("the connection to the transaction coordinator was lost")
             transactions.transition_to_fatal_error(error)

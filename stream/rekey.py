@@ -164,9 +164,9 @@ class Rekey:
     def _connect(self) -> None:
         self._owned: set[TopicPartition] = set()
         topics = (self._settings.target, self._settings.dead_letters, self._settings.positions)
-        written = [TopicPartition(topic, p) for topic in topics for p in range(self._partitions[topic])]
         self._producer: Producer = self._transport.producer(
-            transactional_id=f"{self._id}.{self._settings.slot}", scope=Scope(partitions=written, group=self._id)
+            transactional_id=f"{self._id}.{self._settings.slot}",
+            scope=Scope.over({topic: self._partitions[topic] for topic in topics}, group=self._id),
         )
         self._consumer: GroupConsumer = self._transport.consumer(
             group=self._id, topics=[self._settings.source], reset="none"

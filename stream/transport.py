@@ -94,6 +94,13 @@ class Scope:
     partitions: Sequence[TopicPartition]
     group: str = ""
 
+    @staticmethod
+    def over(counts: Mapping[str, int], group: str = "") -> Scope:
+        """All partitions of topics, given how many each has."""
+        return Scope(
+            partitions=[TopicPartition(t, p) for t, count in counts.items() for p in range(count)], group=group
+        )
+
 
 class GroupConsumer(Protocol):
     """A member of a consumer group. Reads committed records only, never commits by itself.

@@ -146,11 +146,9 @@ class Worker:
         self._parts = parts
         self._id = f"{parts.app}.{parts.settings.slot}"
         topics = (parts.topics.state, *parts.topics.outputs.values())
-        self._scope = Scope(
-            partitions=[TopicPartition(topic, p) for topic in topics for p in range(parts.partitions)], group=parts.app
-        )
+        self._scope = Scope.over(dict.fromkeys(topics, parts.partitions), group=parts.app)
         self._barrier_id = f"{self._id}.barrier"
-        self._barrier_scope = Scope(partitions=[TopicPartition(parts.topics.state, p) for p in range(parts.partitions)])
+        self._barrier_scope = Scope.over({parts.topics.state: parts.partitions})
         self._checkpoint = Checkpoint(
             engine=parts.engine,
             topics=parts.topics,

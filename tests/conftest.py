@@ -48,19 +48,14 @@ def kafka_bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     Without Java and Maven the test is skipped with the reason; under CI=true that is a failure.
     """
-    from kafka_broker import BrokerUnavailable, running_broker
+    from kafka_broker import broker_or_skip, running_broker
 
     given = os.environ.get("DRIFTLINE_KAFKA")
     if given:
         yield given
         return
-    try:
-        with running_broker(tmp_path_factory.mktemp("kafka")) as bootstrap:
-            yield bootstrap
-    except BrokerUnavailable as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
-        pytest.skip(f"no Kafka broker: {error}")
+    with broker_or_skip(), running_broker(tmp_path_factory.mktemp("kafka")) as bootstrap:
+        yield bootstrap
 
 
 @pytest.fixture

@@ -42,6 +42,23 @@ class BrokerUnavailable(Exception):
     """No broker can be had on this machine; the message says what is missing."""
 
 
+@contextlib.contextmanager
+def broker_or_skip(*, elsewhere: bool = False) -> Iterator[None]:
+    """Where no broker can be had a test is skipped, but fails in the CI.
+
+    Args:
+        elsewhere: nor does the CI need this one where it was given a broker to use (DRIFTLINE_KAFKA).
+    """
+    import pytest  # this file is a command as well, for environments without it
+
+    try:
+        yield
+    except BrokerUnavailable as error:
+        if os.environ.get("CI") == "true" and not (elsewhere and os.environ.get("DRIFTLINE_KAFKA")):
+            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
+        pytest.skip(f"no Kafka broker: {error}")
+
+
 @dataclass(kw_only=True, slots=True)
 class Broker:
     """A broker that was started here."""

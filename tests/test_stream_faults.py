@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import faults
 import numpy as np
 import pytest
 from faults import Bench, Row, Trend
-from kafka_broker import BrokerUnavailable, jars, java
+from kafka_broker import broker_or_skip, jars, java
 
 
 @pytest.fixture
@@ -23,12 +22,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def kafka_bench(bench: Bench) -> Bench:
     """One that can start brokers; each part starts what it needs."""
-    try:
+    with broker_or_skip():
         java(), jars()
-    except BrokerUnavailable as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
-        pytest.skip(f"no Kafka broker: {error}")
     return bench
 
 

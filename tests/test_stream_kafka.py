@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from kafka_broker import Broker, BrokerUnavailable, start
+from kafka_broker import Broker, broker_or_skip, start
 
 from stream import kafka_client, kafka_consumer
 from stream.config import Secret
@@ -29,12 +29,8 @@ POLLS_MAX = 400  # of 0.05 s
 @pytest.fixture(scope="module")
 def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """A broker that a test may stop and continue."""
-    try:
+    with broker_or_skip(elsewhere=True):
         broker = start(tmp_path_factory.mktemp("own"), heap="-Xmx512m")
-    except BrokerUnavailable as error:
-        if os.environ.get("CI") == "true" and not os.environ.get("DRIFTLINE_KAFKA"):
-            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
-        pytest.skip(f"no Kafka broker: {error}")
     yield broker
     broker.stop()
 

@@ -6,7 +6,6 @@ The broker here does not check that a record belongs to a transaction that its c
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ import pytest
 from kafka.producer.transaction_manager import TransactionalRequestResult, TxnOffsetCommitHandler
 from kafka.structs import OffsetAndMetadata
 from kafka.structs import TopicPartition as ClientPartition
-from kafka_broker import BrokerUnavailable, start
+from kafka_broker import broker_or_skip, start
 
 from stream.errors import Retryable
 from stream.kafka import KafkaLog
@@ -28,12 +27,8 @@ pytestmark = pytest.mark.kafka
 def careless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a broker that stores records of transactions that it does not know."""
     extra = "transaction.partition.verification.enable=false"
-    try:
+    with broker_or_skip(elsewhere=True):
         broker = start(tmp_path_factory.mktemp("careless"), heap="-Xmx512m", extra=extra)
-    except BrokerUnavailable as error:
-        if os.environ.get("CI") == "true" and not os.environ.get("DRIFTLINE_KAFKA"):
-            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
-        pytest.skip(f"no Kafka broker: {error}")
     yield broker.bootstrap
     broker.stop()
 

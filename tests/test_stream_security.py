@@ -29,7 +29,7 @@ from kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from kafka_broker import BrokerUnavailable, free_ports, running_broker
+from kafka_broker import BrokerUnavailable, broker_or_skip, free_ports, running_broker
 from test_stream_learning import Silent, Tally
 
 from stream.assembly import check_rights, check_topics, make_decoder, names_of, topic_specs
@@ -100,7 +100,7 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("secured")
-    try:
+    with broker_or_skip():
         store, trusted = certificate(folder, "broker")
         _, other = certificate(folder, "other")
         (port,) = free_ports(1)
@@ -137,10 +137,6 @@ super.users=User:ANONYMOUS
                 other_certificate=other,
                 names=names,
             )
-    except BrokerUnavailable as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI needs a real Kafka broker: {error}", pytrace=False)
-        pytest.skip(f"no Kafka broker: {error}")
 
 
 def documented(role: str, names: TopicNames, app: str) -> list[Right]:
